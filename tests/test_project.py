@@ -1,0 +1,156 @@
+"""Files that no other test reads keep their promises: README, settings, house rules."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sparse_bwd as sb
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PRAGMA = re.compile(r"#\s*pragma:\s*no cover\s*(?P<rest>.*)$")
+# Written in pieces, so that this file does not contain what it forbids.
+FOREIGN = [
+    r"(?<![\w.~/])/(?:home|root|Users|work|tmp|opt|mnt)/\w",
+    "files\\." + "pythonhosted",
+    "py" + r"pi\.org",
+    "registry\\." + "npmjs",
+]
+
+
+def tracked_files() -> list[Path]:
+    """Files of the project: tracked ones, and new ones that git does not ignore."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError:
+        return ""
+
+
+def grep_hooks() -> list[dict[str, str]]:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    return [hook for repo in config["repos"] for hook in repo["hooks"] if hook["language"] == "pygrep"]
+
+
+@pytest.mark.parametrize("hook", grep_hooks(), ids=lambda hook: hook["id"])
+def test_house_rules(hook):
+    banned, files = re.compile(hook["entry"]), re.compile(hook["files"])
+    exclude = re.compile(hook.get("exclude", "^$"))
+    found = [
+        f"{relative(path)}:{number}: {line.strip()}"
+        for path in tracked_files()
+        if files.search(relative(path)) and not exclude.search(relative(path))
+        for number, line in enumerate(text_of(path).splitlines(), 1)
+        if banned.search(line)
+    ]
+    assert not found, f"{hook['name']}:\n" + "\n".join(found)
+
+
+def test_no_machine_paths_or_hosts():
+    banned = re.compile("|".join(FOREIGN))
+    found = [
+        f"{relative(path)}: {match.group()}"
+        for path in tracked_files()
+        for match in banned.finditer(text_of(path))
+    ]
+    assert not found, found
+
+
+def test_no_large_files():
+    large = [relative(path) for path in tracked_files() if path.stat().st_size > 500_000]
+    assert not large, large
+    figures = ROOT / "docs" / "figures"
+    heavy = [relative(path) for path in figures.glob("*.png") if path.stat().st_size > 200_000]
+    assert not heavy, heavy
+
+
+def test_ruff_version_is_written_twice_but_equal():
+    pins = re.findall(r"ruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    pins += re.findall(r"^ruff==([\d.]+)", (ROOT / "requirements" / "test.txt").read_text(), re.MULTILINE)
+    assert len(pins) == 3
+    assert len(set(pins)) == 1
+
+
+def test_version_is_consistent():
+    assert importlib.metadata.version("sparse-bwd") == sb.__version__
+    others = [
+        relative(path)
+        for path in tracked_files()
+        if path.suffix in (".py", ".cff", ".toml", ".cfg")
+        and relative(path) != "sparse_bwd/version.py"
+        and re.search(rf"version\W+[\"']?{re.escape(sb.__version__)}\b", text_of(path))
+    ]
+    assert not others, f"the version belongs into sparse_bwd/version.py only, not into {others}"
+
+
+def test_setup_py_is_small():
+    assert len((ROOT / "setup.py").read_text().splitlines()) <= 90
+
+
+def test_uncovered_lines_are_listed():
+    """Each line excluded from coverage gives its reason and stands in tests/not_covered.txt, and nothing else does."""
+    marked = []
+    for path in sorted((ROOT / "sparse_bwd").rglob("*.py")):
+        for line in text_of(path).splitlines():
+            match = PRAGMA.search(line)
+            if match:
+                assert re.match(r"-- \w+", match["rest"]), (
+                    f"{relative(path)}: no reason beside: {line.strip()}"
+                )
+                marked.append(f"{relative(path)}: {line.strip()}")
+    listed = [
+        line
+        for line in (ROOT / "tests" / "not_covered.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    assert sorted(marked) == sorted(listed)
+
+
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_readme_documents_the_public_names():
+    documented = set(re.findall(r"\bsb\.([A-Za-z_]\w*)", README.read_text()))
+    public = set(sb.__all__) - {"__version__"}
+    assert documented == public, (
+        f"only in the README: {documented - public}; only in __all__: {public - documented}"
+    )
+
+
+def test_public_names_exist_and_say_what_they_are():
+    for name in sb.__all__:
+        value = getattr(sb, name)
+        assert name == "__version__" or value.__doc__, f"sparse_bwd.{name} has no docstring"
+
+
+def test_readme_examples_run():
+    """The Python blocks run one after the other in one namespace, as a reader would paste them."""
+    namespace: dict[str, object] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"README.md, example {number}", "exec"), namespace)
+
+
+def test_readme_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#\s]+)", README.read_text()) + re.findall(
+        r'src="([^"]+)"', README.read_text()
+    )
+    missing = [t for t in targets if not t.startswith("http") and not (ROOT / t).exists()]
+    assert not missing, missing
