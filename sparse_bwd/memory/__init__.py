@@ -1,0 +1,17 @@
+"""Where every byte goes: saved bytes, peak bytes, a timeline, prediction without computing, explanation."""
+
+from .peak import Peak, peak_bytes, step_peak
+from .saved import Kept, SavedTensors, saved_bytes, saved_storages
+from .timeline import Timeline, timeline
+
+__all__ = [
+    "saved_bytes",
+    "saved_storages",
+    "SavedTensors",
+    "Kept",
+    "peak_bytes",
+    "step_peak",
+    "Peak",
+    "timeline",
+    "Timeline",
+]
