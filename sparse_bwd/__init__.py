@@ -1,0 +1,61 @@
+"""Train the channels that a budget pays for, and make the rest of backward free: no work, no memory, no state."""
+
+from sparse_bwd import memory
+from sparse_bwd.convert import Report, convert, restore
+from sparse_bwd.nn import (
+    BatchNorm2d,
+    Chain,
+    Dropout,
+    Hardtanh,
+    LeakyReLU,
+    MaxPool2d,
+    ReLU,
+    ReLU6,
+    SparseConv2d,
+    SparseLinear,
+    layers,
+    norms,
+    trainable_parameters,
+)
+from sparse_bwd.selection import (
+    Budget,
+    Channels,
+    FrozenPolicy,
+    FullPolicy,
+    RandomPolicy,
+    Selection,
+    SparseUpdatePolicy,
+    VelocityPolicy,
+)
+from sparse_bwd.selection.apply import apply
+from sparse_bwd.version import __version__
+
+__all__ = [
+    "BatchNorm2d",
+    "Budget",
+    "Chain",
+    "Channels",
+    "Dropout",
+    "FrozenPolicy",
+    "FullPolicy",
+    "Hardtanh",
+    "LeakyReLU",
+    "MaxPool2d",
+    "RandomPolicy",
+    "ReLU",
+    "ReLU6",
+    "Report",
+    "Selection",
+    "SparseConv2d",
+    "SparseLinear",
+    "SparseUpdatePolicy",
+    "VelocityPolicy",
+    "__version__",
+    "apply",
+    "convert",
+    "layers",
+    "memory",
+    "norms",
+    "restore",
+    "trainable_parameters",
+]

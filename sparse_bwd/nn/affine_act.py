@@ -1,0 +1,270 @@
+"""Frozen batch norm and activation as one Function, and the modules around it: BatchNorm2d, ReLU, ReLU6, ...
+
+    y = act(a x + b)        dx = a act'(.) dy        d(shift) = sum of act'(.) dy, for the trained shifts
+
+Bytes kept: ceil(Y / 8) of flags where there is an activation, the vector a where there is a norm; never x or y.
+Forward and backward each read and write one tensor; in place, forward allocates the flags alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparse_bwd.nn.compact import CompactLayer, Slot, as_index
+from sparse_bwd.nn.first_order import refuse_second_order
+from sparse_bwd.ops.layout import dense_strides
+
+
+class Activation(NamedTuple):
+    """An activation as the operator knows it; low is the slope of leaky_relu."""
+
+    kind: str
+    low: float = 0.0
+    high: float = 0.0
+
+
+IDENTITY = Activation("none")
+
+
+class AffineActFunction(torch.autograd.Function):
+    """Arguments: x, scale and shift [C] or None, compact shift and its channels or None, activation, in place."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        part_shift: Tensor | None,
+        shift_rows: Tensor | None,
+        act: Activation,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        # Whether the flags are needed is known to setup_context alone, so they are always made here;
+        # callers take this path only where a gradient is needed.
+        arguments = (scale, shift, act.kind, act.low, act.high, True)
+        if inplace:
+            return x, torch.ops.sparse_bwd.affine_act_(x, *arguments)
+        y, mask = torch.ops.sparse_bwd.affine_act(x, *arguments)
+        return y, mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, scale, _, part_shift, shift_rows, ctx.act, inplace = inputs
+        y, mask = output
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.mark_non_differentiable(mask)
+        ctx.set_materialize_grads(False)
+        needs_dx, needs_dshift = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        ctx.save_for_backward(
+            scale if needs_dx else None,
+            mask if ctx.act.kind != "none" else None,
+            part_shift if needs_dshift else None,
+            shift_rows if needs_dshift else None,
+        )
+        ctx.strides = dense_strides(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_order("A frozen norm or a lean activation")
+        if dy is None:
+            return (None,) * 7
+        scale, mask, part_shift, shift_rows = ctx.saved_tensors
+        needs_dshift = ctx.needs_input_grad[3]
+        dx, dshift = torch.ops.sparse_bwd.affine_act_dx(
+            dy, scale, mask, ctx.act.kind, ctx.act.low, ctx.strides, needs_dshift
+        )
+        if needs_dshift:
+            dshift = (dshift if shift_rows is None else dshift.index_select(0, shift_rows)).to(part_shift.dtype)
+        return (dx if ctx.needs_input_grad[0] else None, None, None, dshift if needs_dshift else None, None, None, None)
+
+
+def affine_act(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act: Activation,
+    inplace: bool,
+    part_shift: Tensor | None = None,
+    shift_rows: Tensor | None = None,
+) -> Tensor:
+    """act(scale x + shift) per channel of x [N, C, *], keeping one bit per element and `scale` for backward.
+
+    Args:
+        scale, shift: [C], both or neither.
+        inplace: overwrite x; the caller knows that nobody else reads it.
+        part_shift, shift_rows: the compact shift that gets a gradient and its channels (None = all).
+    """
+    shift_trained = part_shift is not None and part_shift.requires_grad
+    if torch.is_grad_enabled() and (x.requires_grad or shift_trained):
+        y: Tensor = AffineActFunction.apply(x, scale, shift, part_shift, shift_rows, act, inplace)[0]
+        return y
+    arguments = (scale, shift, act.kind, act.low, act.high, False)
+    if inplace:
+        torch.ops.sparse_bwd.affine_act_(x, *arguments)
+        return x
+    return torch.ops.sparse_bwd.affine_act(x, *arguments)[0]  # type: ignore[no-any-return]
+
+
+class LeanActivation(nn.Module):
+    """An activation that keeps one bit per element for backward; values, NaN and `inplace` as the stock module's."""
+
+    inplace: bool
+
+    @property
+    def activation(self) -> Activation:
+        raise TypeError(f"{type(self).__name__} names no activation.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return affine_act(x, None, None, self.activation, self.inplace)
+        return super().forward(x)  # type: ignore[no-any-return, misc]
+
+
+class ReLU(LeanActivation, nn.ReLU):
+    """`torch.nn.ReLU` that keeps ceil(Y / 8) bytes."""
+
+    @property
+    def activation(self) -> Activation:
+        return Activation("relu")
+
+
+class Hardtanh(LeanActivation, nn.Hardtanh):
+    """`torch.nn.Hardtanh` that keeps ceil(Y / 8) bytes."""
+
+    @property
+    def activation(self) -> Activation:
+        return Activation("hardtanh", float(self.min_val), float(self.max_val))
+
+
+class ReLU6(LeanActivation, nn.ReLU6):
+    """`torch.nn.ReLU6` that keeps ceil(Y / 8) bytes."""
+
+    @property
+    def activation(self) -> Activation:
+        return Activation("hardtanh", 0.0, 6.0)
+
+
+class LeakyReLU(LeanActivation, nn.LeakyReLU):
+    """`torch.nn.LeakyReLU` that keeps ceil(Y / 8) bytes."""
+
+    @property
+    def activation(self) -> Activation:
+        return Activation("leaky_relu", float(self.negative_slope))
+
+
+class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` in one of three modes, which `model.train()` does not change.
+
+    | mode | statistics | trained | kept for backward |
+    |---|---|---|---|
+    | "frozen" | running | nothing, or the shift of selected channels | the scale, [C] |
+    | "bias" | running | the shift, of all or of selected channels | the scale, [C] |
+    | "train" | of the batch while training | as PyTorch's | as PyTorch: x and two vectors |
+
+    A norm made directly starts in mode "train", which is the stock layer.
+    """
+
+    mode: str
+
+    def __init__(self, *args: Any, mode: str = "train", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._convert(mode)
+
+    def _convert(self, mode: str) -> None:
+        self._init_compact()
+        self.set_mode(mode)
+
+    def _strip_compact(self) -> None:
+        super()._strip_compact()
+        del self.mode
+
+    weight = property(lambda self: self._read("weight"))  # type: ignore[assignment]
+    bias = property(lambda self: self._read("bias"))  # type: ignore[assignment]
+
+    def set_mode(self, mode: str) -> None:
+        """Change the mode; the shift is then trained whole ("bias", "train") or not at all ("frozen").
+
+        Raises:
+            ValueError: an unknown mode, or a mode on running statistics for a norm that has none.
+        """
+        if mode not in ("frozen", "bias", "train"):
+            raise ValueError(f"batch_norm must be 'frozen', 'bias' or 'train', not {mode!r}.")
+        if mode != "train" and self.running_mean is None:
+            raise ValueError(f"This BatchNorm2d has no running statistics, so mode '{mode}' cannot normalise; use 'train'.")
+        self.mode = mode
+        for name, flag in self._original_flags.items():
+            self._full(name).requires_grad_(flag and mode == "train")
+        self.set_channels(None if mode == "bias" else [])
+
+    def num_channels(self, axis: str = "out") -> int:
+        """Channels, on either axis."""
+        return self.num_features
+
+    def set_channels(self, index: Iterable[int] | Tensor | None) -> None:
+        """Train the shift of the channels `index` (None = all, empty = none) from now on.
+
+        Raises:
+            ValueError: the index does not fit, or the norm has no shift or trains as PyTorch's (mode "train").
+        """
+        chosen = as_index(index, self.num_features, "BatchNorm2d")
+        wanted = chosen is None or chosen.numel() > 0
+        has_shift = self._parameters["bias"] is not None
+        if wanted and self.mode == "train":
+            raise ValueError("A norm in mode 'train' trains its whole scale and shift; it cannot be selected.")
+        if wanted and not has_shift and index is not None:
+            raise ValueError("This BatchNorm2d has no shift (affine=False), so its channels cannot be trained.")
+        placed = None if chosen is None or not has_shift else chosen.to(self._full("bias").device)
+        self._place({"bias": Slot(placed, 0, 1)} if wanted and has_shift else {})
+        self._index = placed if has_shift else torch.zeros(0, dtype=torch.int64)
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, [C] each, of the norm on its running statistics."""
+        self.synchronise()
+        assert self.running_mean is not None and self.running_var is not None
+        with torch.no_grad():
+            scale = torch.rsqrt(self.running_var + self.eps)
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            if weight is not None:
+                scale = scale.to(weight.dtype) * weight
+            shift = -self.running_mean * scale
+            return scale, shift if bias is None else shift + bias
+
+    @property
+    def on_running_statistics(self) -> bool:
+        """Whether forward is a per-channel affine map (modes "frozen" and "bias")."""
+        return self.mode != "train"
+
+    def affine_act(self, x: Tensor, act: Activation, inplace: bool) -> Tensor:
+        """The norm followed by an activation in one pass; only where `on_running_statistics`."""
+        scale, shift = self.coefficients()
+        slot = self._slots.get("bias")
+        rows = None if slot is None else slot.index
+        return affine_act(x, scale, shift, act, inplace, self._parameters["trainable_bias"], rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.on_running_statistics:
+            return self._stock_forward(x)
+        self._check_input_dim(x)
+        return self.affine_act(x, IDENTITY, inplace=False)
+
+    def _stock_forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mode={self.mode}"
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """The activation of a lean activation module; None for any other module."""
+    return module.activation if isinstance(module, LeanActivation) else None
+
+
+__all__ = [
+    "IDENTITY", "Activation", "BatchNorm2d", "Hardtanh", "LeakyReLU", "ReLU", "ReLU6", "activation_of",
+    "affine_act",
+]  # fmt: skip

@@ -1,0 +1,263 @@
+"""Compact parameters: the selected slices of a layer's full weight and bias, as ordinary small Parameters.
+
+A layer keeps `weight` and `bias` whole and frozen under their stock names, and trains `trainable_weight` and
+`trainable_bias`, which hold the selected slices only. Gradients and optimizer state therefore have the size of the
+selection, and no optimizer can move what is not selected.
+
+    write back   trainable -> full   in every forward, and before `weight`, `state_dict` or a copy is read
+    refresh      full -> trainable   after `load_state_dict`, an assignment, or an in-place edit of `weight`
+
+The copy into the full tensor does not bump its version counter, so that a second forward may run before the first
+one's backward. Staleness is caught by saving the compact Parameter for backward as well (a Parameter: 0 bytes).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparse_bwd.ops.write_back import read_slices
+
+TRAINABLE = {"weight": "trainable_weight", "bias": "trainable_bias"}
+
+
+class Slot(NamedTuple):
+    """Where the slices of one compact Parameter live in its full tensor."""
+
+    index: Tensor | None  # int64 on the layer's device; None = all
+    dim: int
+    groups: int
+
+
+class _Synced(NamedTuple):
+    """Version counters of a full tensor and its compact Parameter when both last agreed."""
+
+    full: Tensor
+    full_version: int
+    part: Tensor
+    part_version: int
+
+
+def as_index(index: Iterable[int] | Tensor | None, count: int, what: str) -> Tensor | None:
+    """A sorted, unique int64 CPU index into `count` channels; None stays None (= all).
+
+    Raises:
+        TypeError: the index holds something other than integers.
+        ValueError: it repeats a channel or leaves 0..count-1.
+    """
+    if index is None:
+        return None
+    values = torch.as_tensor(index if isinstance(index, Tensor) else list(index)).cpu()
+    if values.numel() == 0:
+        return torch.empty(0, dtype=torch.int64).zero_()
+    if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool or values.dim() != 1:
+        raise TypeError(f"{what}: channels must be a 1-d list of integers, not {values.dtype} of shape {tuple(values.shape)}.")
+    values = values.to(torch.int64).sort().values
+    if bool((values[1:] == values[:-1]).any()):
+        raise ValueError(f"{what}: a channel is named twice; name each selected channel once.")
+    if int(values[0]) < 0 or int(values[-1]) >= count:
+        wrong = int(values[0]) if int(values[0]) < 0 else int(values[-1])
+        raise ValueError(f"{what} has channels 0 to {count - 1}; channel {wrong} does not exist.")
+    return values
+
+
+class CompactLayer(nn.Module):
+    """What every layer with compact parameters shares. Subclasses name their slots and validate selections."""
+
+    axis: str
+    bias_mode: str
+    selectable: bool
+    _index: Tensor | None
+    _slots: dict[str, Slot]
+    _synced: dict[str, _Synced]
+    _original_flags: dict[str, bool]
+
+    def _init_compact(self) -> None:
+        """Add the state of a compact layer to a stock one: everything frozen, nothing selected."""
+        self._original_flags = {n: p.requires_grad for n, p in self._parameters.items() if p is not None}
+        self.selectable = self._original_flags.get("weight", True)
+        self._slots, self._synced = {}, {}
+        self._index = torch.zeros(0, dtype=torch.int64)
+        self.axis, self.bias_mode = "out", "none"
+        for name in TRAINABLE.values():
+            self.register_parameter(name, None)
+
+    def _strip_compact(self) -> None:
+        """Undo `_init_compact`: write back, drop what was added, restore the flags."""
+        self.synchronise()
+        for name in TRAINABLE.values():
+            self._parameters.pop(name, None)
+        for name, flag in self._original_flags.items():
+            parameter = self._parameters[name]
+            if parameter is not None:
+                parameter.requires_grad_(flag)
+        for name in ("_original_flags", "selectable", "_slots", "_synced", "_index", "axis", "bias_mode", "_last_group"):
+            self.__dict__.pop(name, None)
+
+    # Selection
+
+    def num_channels(self, axis: str = "out") -> int:
+        """Channels that can be selected on the axis."""
+        raise TypeError(f"{type(self).__name__} has no channels to select on axis {axis!r}.")
+
+    @property
+    def channels(self) -> Tensor | None:
+        """Sorted int64 index of the trained channels on `axis`, on the layer's device; empty = none, None = all."""
+        return self._index
+
+    @property
+    def has_trainable(self) -> bool:
+        """Whether any compact Parameter exists."""
+        return any(self._parameters.get(name) is not None for name in TRAINABLE.values())
+
+    def _place(self, slots: dict[str, Slot]) -> None:
+        """Install new slots and make their compact Parameters from the full tensors; kept where nothing changes."""
+        self.synchronise()
+        for name, trainable in TRAINABLE.items():
+            old, new = self._slots.get(name), slots.get(name)
+            if old is not None and new is not None and _same_slot(old, new):
+                slots[name] = old
+                continue
+            parameter = None
+            if new is not None:
+                with torch.no_grad():
+                    parameter = nn.Parameter(read_slices(self._full(name), new.index, new.dim, new.groups))
+            self._parameters[trainable] = parameter
+        self._slots = slots
+        self._synced = {}
+
+    # Full and compact tensors
+
+    def _full(self, name: str) -> Tensor:
+        full = self._parameters[name]
+        assert full is not None
+        return full
+
+    def _read(self, name: str) -> Tensor | None:
+        """The property behind `weight` and `bias`: synchronise, then hand out the full Parameter."""
+        if name not in self._parameters:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        if "_slots" in self.__dict__:
+            self.synchronise()
+        return self._parameters[name]
+
+    def _edited(self, name: str, full: Tensor, part: Tensor) -> bool:
+        """Whether the user changed the full tensor in place since it last agreed with an unchanged compact one."""
+        synced = self._synced.get(name)
+        return (
+            synced is not None
+            and synced.full is full
+            and synced.part is part
+            and full._version != synced.full_version
+            and part._version == synced.part_version
+        )
+
+    @torch.no_grad()
+    def synchronise(self) -> None:
+        """Make full and compact tensors agree: trained values go to the full tensor, user edits of it come back."""
+        for name, slot in self._slots.items():
+            full, part = self._full(name), self._parameters[TRAINABLE[name]]
+            if part is None:
+                continue
+            if torch.compiler.is_compiling():
+                _write(full, part, slot)
+                continue
+            if self._edited(name, full, part):
+                part.copy_(read_slices(full, slot.index, slot.dim, slot.groups))
+            else:
+                _write(full, part, slot)
+            self._synced[name] = _Synced(full, full._version, part, part._version)
+
+    @torch.no_grad()
+    def _refresh(self, names: Iterable[str]) -> None:
+        """Take the compact values from the full tensors."""
+        for name in names:
+            slot, part = self._slots.get(name), self._parameters.get(TRAINABLE[name])
+            if slot is not None and part is not None:
+                part.copy_(read_slices(self._full(name), slot.index, slot.dim, slot.groups))
+                self._synced.pop(name, None)
+
+    # nn.Module's protocol
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name in TRAINABLE and param is not None and "_slots" in self.__dict__:
+            param.requires_grad_(False)
+            self._refresh([name])
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.synchronise()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in TRAINABLE.values():
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self.synchronise()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        ours = {prefix + name for name in TRAINABLE.values()}
+        missing_keys[:] = [key for key in missing_keys if key not in ours]
+        self._refresh([name for name in TRAINABLE if prefix + name in state_dict])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompactLayer:
+        self.synchronise()
+        super()._apply(fn, recurse)
+        full = next((p for n in TRAINABLE if (p := self._parameters.get(n)) is not None), None)
+        if full is not None:
+            self._move_index(full.device)
+        self._synced = {}
+        return self
+
+    def _move_index(self, device: torch.device) -> None:
+        """Bring index vectors to the device of the parameters."""
+        self._index = None if self._index is None else self._index.to(device)
+        self._slots = {
+            n: s._replace(index=None if s.index is None else s.index.to(device)) for n, s in self._slots.items()
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.synchronise()
+        return {**self.__dict__, "_synced": {}}
+
+
+def _same_slot(a: Slot, b: Slot) -> bool:
+    if (a.dim, a.groups, a.index is None) != (b.dim, b.groups, b.index is None):
+        return False
+    return a.index is None or b.index is None or torch.equal(a.index, b.index)
+
+
+def _write(full: Tensor, part: Tensor, slot: Slot) -> None:
+    # .data has a version counter of its own: the write stays invisible to graphs that saved `full`.
+    torch.ops.sparse_bwd.write_back([full.data], [part.detach()], [slot.index], [slot.dim], [slot.groups])
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A clause that names the known names closest to `name`, for error messages."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    return f"the nearest are {', '.join(close)}" if close else f"known are {', '.join(list(known)[:5])}"
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every Parameter that the optimizer should get: compact ones, and whatever else requires a gradient.
+
+    Raises:
+        ValueError: nothing is trainable.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("Nothing in this model is trainable; call policy.step() or sparse_bwd.apply() first.")
+    return parameters

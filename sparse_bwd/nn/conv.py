@@ -1,0 +1,177 @@
+"""SparseConv2d: a convolution with gradients of the selected channels only.
+
+    dx = conv_transpose2d(dy, W)     when x needs a gradient; keeps W (a Parameter: 0 bytes), no stand-in for x
+    dw = conv2d_dw(x, dy)            when channels are selected; keeps the part of x that they read
+    db = sum dy                      keeps nothing
+
+Bytes kept: 0 with nothing selected; axis "out": e X, in grouped layers times (touched groups) / groups;
+axis "in": e X k / C_in; 8 bytes per index element. A weight gradient costs k / C of dense.
+Asymmetric and non-zero padding is redone in backward, so that x and not its padded copy is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_bwd.nn.compact import CompactLayer, as_index
+from sparse_bwd.nn.first_order import refuse_second_order
+from sparse_bwd.nn.linear import autocast_input, check_words, place_selection
+from sparse_bwd.ops.conv2d_dw import Plan, kept_input, make_plan
+from sparse_bwd.ops.linear_dw import bias_gradient
+from sparse_bwd.ops.padding import Geometry, conv2d_dx, pad
+
+
+class Conv2dFunction(torch.autograd.Function):
+    """Arguments: x [N, C_in, H, W], full weight and bias (frozen), compact weight and bias, the index vectors of the
+    plan (`ops/conv2d_dw.py`), rows of dy that enter db, the geometry, and (groups of the plan, regroup)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        part: Tensor | None,
+        part_bias: Tensor | None,
+        keep: Tensor | None,
+        spread: Tensor | None,
+        rows: Tensor | None,
+        pick: Tensor | None,
+        bias_rows: Tensor | None,
+        geometry: Geometry,
+        small: tuple[int, bool],
+    ) -> Tensor:
+        g = geometry
+        return F.conv2d(pad(x, g), weight, bias, g.stride, g.inner_padding, g.dilation, g.groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, part, part_bias, keep, spread, rows, pick, bias_rows, ctx.geometry, ctx.small = inputs
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        plan = (spread, rows, pick) if needs_dw else (None, None, None)
+        ctx.save_for_backward(
+            kept_input(x, keep) if needs_dw else None, weight if needs_dx else None, part if needs_dw else None,
+            *plan, bias_rows if needs_db else None,
+        )  # fmt: skip
+        ctx.shape = tuple(x.shape[2:])
+        ctx.dtypes = [None if p is None else p.dtype for p in (part, part_bias)]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("SparseConv2d")
+        x, weight, part, spread, rows, pick, bias_rows = ctx.saved_tensors
+        g: Geometry = ctx.geometry
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = conv2d_dx(dy, weight.to(dy.dtype), ctx.shape, g)
+        if ctx.needs_input_grad[3]:
+            dw = torch.ops.sparse_bwd.conv2d_dw(
+                x, dy, spread, rows, pick, part.shape, g.stride, g.padding, g.padding_mode, g.dilation, *ctx.small
+            ).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[4]:
+            db = bias_gradient(dy, bias_rows, 1).to(ctx.dtypes[1])
+        return (dx, None, None, dw, db, *[None] * 7)
+
+
+class SparseConv2d(CompactLayer, nn.Conv2d):
+    """Convolution that trains the selected channels only; arguments, shapes and values of `torch.nn.Conv2d`.
+
+    A layer made directly is trained whole, like the stock one; `set_channels` (or `sparse_bwd.apply`) selects.
+    """
+
+    _plan: Plan
+    _geometry: Geometry
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._convert()
+        self.set_channels(None, bias="all")
+
+    def _convert(self) -> None:
+        self._init_compact()
+        self._geometry = _geometry_of(self)
+        self._plan = Plan(None, None, None, None, self.groups)
+        for name in ("weight", "bias"):
+            parameter = self._parameters[name]
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
+    def _strip_compact(self) -> None:
+        super()._strip_compact()
+        del self._geometry, self._plan
+
+    weight = property(lambda self: self._read("weight"))  # type: ignore[assignment]
+    bias = property(lambda self: self._read("bias"))  # type: ignore[assignment]
+
+    @property
+    def depthwise(self) -> bool:
+        """One input and one output channel per group: both axes are the same."""
+        return self.groups == self.in_channels == self.out_channels
+
+    def num_channels(self, axis: str = "out") -> int:
+        """Channels on the axis: output channels ("out") or input channels ("in")."""
+        return self.out_channels if axis == "out" else self.in_channels
+
+    def channel_cost(self, axis: str = "out") -> int:
+        """Weights of one channel, groups respected (its bias is not counted)."""
+        across = self.in_channels if axis == "out" else self.out_channels
+        return across // self.groups * self.kernel_size[0] * self.kernel_size[1]
+
+    def set_channels(self, index: Iterable[int] | Tensor | None, axis: str = "out", bias: str = "selected") -> None:
+        """Train the channels `index` (None = all, empty = none) of `axis` from now on.
+
+        Args:
+            axis: "out" or "in"; in a depthwise layer "in" means the same channels and is stored as "out".
+            bias: "selected" (of the selected outputs; axis "out" only), "all" or "none".
+
+        Raises:
+            ValueError, TypeError: the index or a word does not fit the layer.
+        """
+        check_words(axis, bias, "SparseConv2d")
+        axis = "out" if self.depthwise else axis
+        chosen = as_index(index, self.num_channels(axis), f"SparseConv2d, axis '{axis}',")
+        if chosen is None or chosen.numel():
+            every = chosen is None or chosen.numel() == self.num_channels(axis)
+            plan = make_plan(None if every else chosen, axis, self.in_channels, self.out_channels, self.groups)
+        else:
+            plan = Plan(None, None, None, None, self.groups)
+        place_selection(self, chosen, axis, bias, 0 if axis == "out" else 1, self.groups if axis == "in" else 1)
+        self._plan = plan
+        self._move_index(self._full("weight").device)
+
+    def _move_index(self, device: torch.device) -> None:
+        super()._move_index(device)
+        moved = [t.to(device) if isinstance(t, Tensor) else t for t in self._plan[:4]]
+        self._plan = Plan(*moved, groups=self._plan.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        self.synchronise()
+        plan, bias_slot = self._plan, self._slots.get("bias")
+        return Conv2dFunction.apply(
+            autocast_input(x), self._parameters["weight"], self._parameters["bias"],
+            self._parameters["trainable_weight"], self._parameters["trainable_bias"], *plan[:4],
+            None if bias_slot is None else bias_slot.index, self._geometry,
+            (plan.groups, self.axis == "in" and self.groups > 1),
+        )  # fmt: skip
+
+
+def _geometry_of(conv: nn.Conv2d) -> Geometry:
+    """Resolve padding words as PyTorch does: "same" puts the odd line of padding at the right and bottom."""
+    sides: list[tuple[int, int]] = []
+    for i in (1, 0):
+        if conv.padding == "same":
+            total = conv.dilation[i] * (conv.kernel_size[i] - 1)
+            sides.append((total // 2, total - total // 2))
+        elif isinstance(conv.padding, str):
+            sides.append((0, 0))
+        else:
+            sides.append((int(conv.padding[i]), int(conv.padding[i])))
+    (left, right), (top, bottom) = sides
+    stride, dilation = (conv.stride[0], conv.stride[1]), (conv.dilation[0], conv.dilation[1])
+    return Geometry(stride, (left, right, top, bottom), conv.padding_mode, dilation, conv.groups)

@@ -1,0 +1,50 @@
+"""MaxPool2d that keeps one byte per output (the offset in its window) instead of its input and an int64 index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from sparse_bwd.nn.first_order import refuse_second_order
+
+
+class MaxPool2dFunction(torch.autograd.Function):
+    """Arguments: x [N, C, H, W] and the window (kernel, stride, padding, dilation, ceil_mode)."""
+
+    @staticmethod
+    def forward(x: Tensor, window: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        y, offset = torch.ops.sparse_bwd.max_pool2d(x, *window)
+        return y, offset
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, ctx.window = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1])
+        ctx.shape = x.shape
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+        refuse_second_order("MaxPool2d")
+        if dy is None:
+            return None, None
+        (offset,) = ctx.saved_tensors
+        return torch.ops.sparse_bwd.max_pool2d_dx(dy, offset, ctx.shape, *ctx.window), None
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """`torch.nn.MaxPool2d` that keeps Y bytes; stock where indices are returned or a window has over 256 elements."""
+
+    def forward(self, x: Tensor) -> Any:
+        kernel, stride = _pair(self.kernel_size), _pair(self.stride)
+        lean = torch.is_grad_enabled() and x.requires_grad and kernel[0] * kernel[1] <= 256
+        if not lean or self.return_indices or x.dim() not in (3, 4) or x.numel() == 0:
+            return super().forward(x)
+        window = (kernel, stride, _pair(self.padding), _pair(self.dilation), self.ceil_mode)
+        batch = x if x.dim() == 4 else x.unsqueeze(0)
+        y = MaxPool2dFunction.apply(batch, window)[0]
+        return y if x.dim() == 4 else y.squeeze(0)

@@ -1,0 +1,109 @@
+"""conv2d_dw: weight gradient of the selected channels of any Conv2d.
+
+    axis "out":  dw[k, C_in/g, kh, kw]          x whole; grouped: only the input channels of the touched groups are kept
+    axis "in":   dw[C_out, k, kh, kw]           x[:, selected] is kept; grouped: dw[k, C_out/g, kh, kw]
+
+The selected slices of dy (and, in grouped layers, of the kept x) go through PyTorch's own weight gradient, so that the
+result is exact and the work k / C of dense. A grouped layer with different numbers of selected channels per group is
+brought to equal numbers by repeating a channel, and the repeats are dropped from the result (`pick`). `regroup` asks
+for the shape of axis "in" in grouped layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_bwd.ops.backend import register
+from sparse_bwd.ops.layout import take_channels
+from sparse_bwd.ops.padding import Geometry, pad
+
+
+class Plan(NamedTuple):
+    """Which slices enter the weight gradient; every index is int64 on the layer's device, None = all in order."""
+
+    keep: Tensor | None  # channels of x that are kept for backward
+    spread: Tensor | None  # kept channels, repeated so that all groups have as many
+    rows: Tensor | None  # channels of dy, repeated likewise
+    pick: Tensor | None  # results that are not repeats
+    groups: int  # groups of the small convolution
+
+
+def _even(index: Tensor, group: Tensor, touched: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Positions into `index` with equally many per touched group, and which of them are not repeats (None = all)."""
+    counts = torch.stack([(group == g).sum() for g in touched])
+    width = int(counts.max())
+    starts = counts.cumsum(0) - counts
+    offset = torch.arange(width).expand(len(touched), width)
+    positions = starts[:, None] + offset.minimum(counts[:, None] - 1)
+    real = offset < counts[:, None]
+    pick = None if bool(real.all()) else real.flatten().nonzero().flatten()
+    return positions.flatten(), pick
+
+
+def make_plan(index: Tensor | None, axis: str, c_in: int, c_out: int, groups: int) -> Plan:
+    """The plan of a selection: `index` is a sorted CPU index (None = all channels), not empty."""
+    if index is None:
+        return Plan(None, None, None, None, groups)
+    if groups == 1:
+        return Plan(None, None, index, None, 1) if axis == "out" else Plan(index, None, None, None, 1)
+    per_in, per_out = c_in // groups, c_out // groups
+    group = index // (per_out if axis == "out" else per_in)
+    touched = group.unique()
+    positions, pick = _even(index, group, touched)
+    if axis == "out":
+        keep = (touched[:, None] * per_in + torch.arange(per_in)).flatten() if len(touched) < groups else None
+        return Plan(keep, None, index[positions], pick, len(touched))
+    rows = (touched[:, None] * per_out + torch.arange(per_out)).flatten() if len(touched) < groups else None
+    identity = len(positions) == len(index)
+    return Plan(index, None if identity else positions, rows, pick, len(touched))
+
+
+def kept_input(x: Tensor, keep: Tensor | None) -> Tensor:
+    """What backward needs of the input [N, C_in, H, W]: x itself, or a new tensor of the channels `keep`."""
+    return x if keep is None else take_channels(x, keep)
+
+
+def conv2d_dw_plain(
+    x: Tensor,
+    dy: Tensor,
+    spread: Tensor | None,
+    rows: Tensor | None,
+    pick: Tensor | None,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    padding_mode: str,
+    dilation: Sequence[int],
+    groups: int,
+    regroup: bool,
+) -> Tensor:
+    geometry = Geometry(tuple(stride), tuple(padding), padding_mode, tuple(dilation), groups)  # type: ignore[arg-type]
+    x = x if spread is None else take_channels(x, spread)
+    dy = dy if rows is None else take_channels(dy, rows)
+    per_group = x.shape[1] // groups
+    like = x.new_empty(dy.shape[1], per_group, size[2], size[3])
+    if dy.numel() == 0 or x.numel() == 0:
+        return x.new_zeros(tuple(size))
+    dw = torch.ops.aten.convolution_backward(
+        dy, pad(x, geometry), like, None, geometry.stride, geometry.inner_padding, geometry.dilation,
+        False, [0, 0], groups, [False, True, False],
+    )[1]  # fmt: skip
+    if regroup:
+        dw = dw.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return dw if pick is None else dw.index_select(0, pick)
+
+
+def _fake(x, dy, spread, rows, pick, size, stride, padding, padding_mode, dilation, groups, regroup):  # type: ignore[no-untyped-def]
+    return x.new_empty(tuple(size))
+
+
+register(
+    "conv2d_dw(Tensor x, Tensor dy, Tensor? spread, Tensor? rows, Tensor? pick, SymInt[] size, int[] stride, "
+    "int[] padding, str padding_mode, int[] dilation, int groups, bool regroup) -> Tensor",
+    conv2d_dw_plain,
+    _fake,
+)

@@ -1,0 +1,38 @@
+"""linear_dw: weight and bias gradient of the selected channels of a Linear.
+
+    axis "out":  dw[k, C_in] = dy[:, rows]^T x        db[k] = sum dy[:, rows]
+    axis "in":   dw[C_out, k] = dy^T x[:, columns]    (x arrives already gathered: it is what was kept)
+
+Work and result are k / C of dense; beside the result one gathered slice of dy is allocated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_bwd.ops.backend import register
+
+
+def linear_dw_plain(x: Tensor, dy: Tensor, rows: Tensor | None, bias: bool) -> tuple[Tensor, Tensor]:
+    x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    selected = dy2 if rows is None else dy2.index_select(1, rows)
+    return selected.t() @ x2, selected.sum(0) if bias else dy.new_empty(0)
+
+
+def _fake(x: Tensor, dy: Tensor, rows: Tensor | None, bias: bool) -> tuple[Tensor, Tensor]:
+    k = dy.shape[-1] if rows is None else rows.numel()
+    return x.new_empty(k, x.shape[-1]), dy.new_empty(k if bias else 0)
+
+
+register("linear_dw(Tensor x, Tensor dy, Tensor? rows, bool bias) -> (Tensor, Tensor)", linear_dw_plain, _fake)
+
+
+def bias_gradient(dy: Tensor, rows: Tensor | None, axis: int) -> Tensor:
+    """Sum of dy over every dimension but `axis`, for the channels `rows` (None = all): shape [k].
+
+    For layers whose bias is trained where their weight is not (bias-only layers, axis "in").
+    """
+    others = [d for d in range(dy.dim()) if d != axis % dy.dim()]
+    db = dy.sum(others) if others else dy
+    return db if rows is None else db.index_select(0, rows)

@@ -1,0 +1,57 @@
+"""write_back: the trained slices of layers copied into their full weights, in one call for any number of layers.
+
+A slot says where the slices of one tensor live: along dimension 0 (output channels, biases), along dimension 1 (input
+channels), or, for input channels of a grouped layer, in column c mod (C_in/g) of the rows of group c // (C_in/g).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_bwd.ops.backend import register
+
+
+def _channel_view(full: Tensor, groups: int) -> Tensor:
+    """A weight [C_out, C_in/g, kh, kw] of g > 1 groups, viewed as [g, C_in/g, C_out/g, kh, kw]."""
+    return full.unflatten(0, (groups, -1)).transpose(1, 2)
+
+
+def read_slices(full: Tensor, index: Tensor | None, dim: int, groups: int) -> Tensor:
+    """The slices as a new tensor in compact shape; inverse of `write_back` for one tensor."""
+    if groups > 1 and dim == 1:
+        view = _channel_view(full, groups)
+        index = torch.arange(groups * view.shape[1], device=full.device) if index is None else index
+        return view[index // view.shape[1], index % view.shape[1]]
+    return full.clone() if index is None else full.index_select(dim, index)
+
+
+def write_back_plain(
+    weights: Sequence[Tensor],
+    slices: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    groups: Sequence[int],
+) -> None:
+    for full, part, index, dim, group in zip(weights, slices, indices, dims, groups, strict=True):
+        if group > 1 and dim == 1:
+            view = _channel_view(full, group)
+            index = torch.arange(group * view.shape[1], device=full.device) if index is None else index
+            view[index // view.shape[1], index % view.shape[1]] = part
+        elif index is None:
+            full.copy_(part)
+        else:
+            full.index_copy_(dim, index, part)
+
+
+def _fake(weights, slices, indices, dims, groups):  # type: ignore[no-untyped-def]
+    return None
+
+
+register(
+    "write_back(Tensor(a!)[] weights, Tensor[] slices, Tensor?[] indices, int[] dims, int[] groups) -> ()",
+    write_back_plain,
+    _fake,
+)

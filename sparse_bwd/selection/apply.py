@@ -1,0 +1,172 @@
+"""Make a model train what a selection names, and carry the optimizer over.
+
+`apply` gives each layer its compact Parameters, puts them in the optimizer's groups in place of the old ones, and moves
+the optimizer state of channels that stay selected to their new positions; channels that are new start at zero.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_bwd.nn import BatchNorm2d, CompactLayer, layers, norms
+from sparse_bwd.nn.compact import TRAINABLE, Slot
+from sparse_bwd.selection.selection import Channels, Selection
+
+GroupOf = Callable[[str, nn.Parameter], int]
+
+
+def apply(
+    model: nn.Module,
+    selection: Mapping[str, Channels | Iterable[int] | None],
+    optimizer: torch.optim.Optimizer | None = None,
+    group: GroupOf | None = None,
+) -> None:
+    """Train exactly what `selection` names, and freeze every other swapped layer.
+
+    Norm layers that it does not name keep what `convert(batch_norm=...)` gave them. Call it between optimizer steps.
+
+    Args:
+        selection: layer name -> `Channels` (or a list of channels, axis "out").
+        optimizer: the optimizer whose groups and state follow; None when it is made afterwards.
+        group: (parameter name, parameter) -> index of the param group for a new compact Parameter; default: the group
+            its layer was in last, else the first.
+
+    Raises:
+        ValueError: unknown names or channels, or gradients that no optimizer step has used yet. Nothing is changed.
+    """
+    wanted = selection if isinstance(selection, Selection) else Selection(selection)
+    wanted.validate(model)
+    compact: dict[str, CompactLayer] = {**layers(model), **norms(model)}
+    _refuse_pending(compact)
+    for name, layer in compact.items():
+        before = {n: (layer._parameters[t], layer._slots.get(n)) for n, t in TRAINABLE.items()}
+        _select(layer, wanted.get(name))
+        if optimizer is not None:
+            for kind, (old, old_slot) in before.items():
+                new, slot = layer._parameters[TRAINABLE[kind]], layer._slots.get(kind)
+                _migrate(optimizer, layer, kind, name, (old, old_slot), (new, slot), group)
+
+
+def _select(layer: CompactLayer, channels: Channels | None) -> None:
+    if isinstance(layer, BatchNorm2d):
+        if channels is not None:
+            layer.set_channels(channels.index)
+        else:
+            layer.set_channels(None if layer.mode == "bias" else [])
+    elif channels is None:
+        layer.set_channels([], bias="none")  # type: ignore[attr-defined]
+    else:
+        layer.set_channels(channels.index, axis=channels.axis, bias=channels.bias)  # type: ignore[attr-defined]
+
+
+def _refuse_pending(compact: dict[str, CompactLayer]) -> None:
+    """Refuse in the middle of an accumulation window: gradients of the old selection would be lost."""
+    for name, layer in compact.items():
+        for trainable in TRAINABLE.values():
+            parameter = layer._parameters[trainable]
+            if parameter is not None and parameter.grad is not None and bool(parameter.grad.any()):
+                raise ValueError(
+                    f"{name}.{trainable} holds a gradient that no optimizer step has cleared; select between steps: "
+                    "call optimizer.step() and optimizer.zero_grad() first."
+                )
+
+
+def _migrate(
+    optimizer: torch.optim.Optimizer,
+    layer: CompactLayer,
+    kind: str,
+    name: str,
+    before: tuple[nn.Parameter | None, Slot | None],
+    after: tuple[nn.Parameter | None, Slot | None],
+    group: GroupOf | None,
+) -> None:
+    """Exchange one compact Parameter in the optimizer's groups and move its state."""
+    (old, old_slot), (new, slot) = before, after
+    if old is new:
+        if new is not None and _find(optimizer, new) is None:
+            _insert(optimizer, layer, kind, name, new, group)
+        return
+    place = None if old is None else _find(optimizer, old)
+    state: dict[str, Any] = {}
+    if old is not None and place is not None:
+        layer.__dict__.setdefault("_last_group", {})[kind] = place[0]
+        parameters = optimizer.param_groups[place[0]]["params"]
+        state = optimizer.state.pop(old, {})
+        del parameters[place[1]]
+    if new is None or slot is None:
+        return
+    if place is not None and group is None:
+        optimizer.param_groups[place[0]]["params"].insert(place[1], new)
+    else:
+        _insert(optimizer, layer, kind, name, new, group)
+    if state and old is not None and old_slot is not None:
+        carried = _carry(state, old, old_slot, new, slot, f"{name}.{TRAINABLE[kind]}")
+        if carried:
+            optimizer.state[new] = carried
+
+
+def _find(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[int, int] | None:
+    """(group, position) of a Parameter in the optimizer."""
+    for g, entries in enumerate(optimizer.param_groups):
+        for i, p in enumerate(entries["params"]):
+            if p is parameter:
+                return g, i
+    return None
+
+
+def _insert(
+    optimizer: torch.optim.Optimizer, layer: CompactLayer, kind: str, name: str, new: nn.Parameter, group: GroupOf | None
+) -> None:
+    """Append a Parameter to the group it belongs to: the user's choice, its layer's last group, that of the layer's
+    full weight (which `model.parameters()` put there), else the first."""
+    if group is not None:
+        where = group(f"{name}.{TRAINABLE[kind]}", new)
+        if not 0 <= where < len(optimizer.param_groups):
+            raise ValueError(f"group() returned {where}, but the optimizer has {len(optimizer.param_groups)} groups.")
+    else:
+        last: dict[str, int] = layer.__dict__.get("_last_group", {})
+        full = layer._parameters[kind]
+        found = None if full is None else _find(optimizer, full)
+        where = last.get(kind, last.get("weight", found[0] if found else 0))
+    optimizer.param_groups[min(where, len(optimizer.param_groups) - 1)]["params"].append(new)
+
+
+def _carry(
+    state: dict[str, Any], old: Tensor, old_slot: Slot, new: Tensor, slot: Slot, what: str
+) -> dict[str, Any]:
+    """Optimizer state for the new compact Parameter: kept where a channel stays, zero where it is new."""
+    if (old_slot.dim, old_slot.groups) != (slot.dim, slot.groups):
+        return {}
+    dim = 0 if slot.groups > 1 else slot.dim
+    target, source = _staying(slot, old_slot, new.shape[dim], old.shape[dim], new.device)
+    if target.numel() == 0:
+        return {}
+    carried: dict[str, Any] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1 and value.shape != old.shape:
+            carried[key] = value
+        elif value.shape == old.shape:
+            fresh = torch.zeros_like(new, dtype=value.dtype)
+            carried[key] = fresh.index_copy_(dim, target, value.index_select(dim, source))
+        else:
+            warnings.warn(
+                f"The optimizer state '{key}' of {what} has shape {tuple(value.shape)}, which does not follow the "
+                "channels; the state of this layer starts anew.",
+                stacklevel=4,
+            )
+            return {}
+    return carried
+
+
+def _staying(slot: Slot, old_slot: Slot, count: int, old_count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of the channels selected before and now: (in the new Parameter, in the old one)."""
+    now = torch.arange(count, device=device) if slot.index is None else slot.index
+    was = torch.arange(old_count, device=device) if old_slot.index is None else old_slot.index
+    target = torch.isin(now, was).nonzero().flatten()
+    source = torch.isin(was, now).nonzero().flatten()
+    return target, source
