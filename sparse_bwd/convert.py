@@ -32,8 +32,8 @@ _WEIGHTED: dict[type[nn.Module], type[CompactLayer]] = {
     nn.Linear: SparseLinear,
     nn.BatchNorm2d: affine_act.BatchNorm2d,
 }
-_STOCK = {lean: stock for stock, lean in {**_STATELESS, **_WEIGHTED}.items()}
-_WATCHED = tuple(_STATELESS) + tuple(_WEIGHTED)
+_LEAN: dict[type[nn.Module], type[nn.Module]] = {**_STATELESS, **_WEIGHTED}
+_STOCK: dict[type[nn.Module], type[nn.Module]] = {lean: stock for stock, lean in _LEAN.items()}
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Report:
     swapped: dict[str, str] = field(default_factory=dict)  # name -> kind
     skipped: dict[str, str] = field(default_factory=dict)  # name -> reason
     always_trained: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)  # parameters of skipped modules that still train
     trainable_params: int = 0
     all_params: int = 0
 
@@ -55,6 +56,12 @@ class Report:
         if self.always_trained:
             lines.append("always trained: " + ", ".join(self.always_trained))
         lines += [f"skipped: {name}: {reason}" for name, reason in self.skipped.items()]
+        if self.outside:
+            lines.append(
+                f"trained outside any budget: {len(self.outside)} parameters of skipped modules "
+                f"({', '.join(self.outside[:3])}{', ...' if len(self.outside) > 3 else ''}); "
+                "call requires_grad_(False) on them to freeze them"
+            )
         lines.append(
             f"trainable params: {self.trainable_params:,} || all params: {self.all_params:,} || trainable%: {share:.2f}"
         )
@@ -85,7 +92,7 @@ def convert(
     inside = {m for name in report.always_trained for m in model.get_submodule(name).modules()}
     reasons = _reasons(model)
     for name, module in model.named_modules():
-        if module in inside or not isinstance(module, _WATCHED):
+        if module in inside or not isinstance(module, tuple(_LEAN)):
             continue
         reason = reasons.get(module) or _own_reason(module, batch_norm)
         if reason:
@@ -93,10 +100,12 @@ def convert(
         else:
             report.swapped[name] = _swap(module, batch_norm)
     for name, module in model.named_modules():
-        if type(module).forward is nn.Sequential.forward and module not in inside and can_chain(module):  # type: ignore[arg-type]
+        if type(module).forward is nn.Sequential.forward and module not in inside and can_chain(module):
             module.__dict__["_stock_class"] = type(module)
             module.__class__ = Chain
             report.swapped[name] = "Chain"
+    for name in report.skipped:
+        report.outside += [n for n, p in model.get_submodule(name).named_parameters(name) if p.requires_grad]
     report.trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     report.all_params = sum(p.numel() for n, p in model.named_parameters() if not n.endswith(_COMPACT_NAMES))
     return report
@@ -124,14 +133,11 @@ def restore(model: nn.Module) -> nn.Module:
 def _swap(module: nn.Module, batch_norm: str) -> str:
     """Change the module's class; returns its kind."""
     stock = type(module)
-    if stock in _STATELESS:
-        module.__class__ = _STATELESS[stock]
-    else:
-        module.__class__ = _WEIGHTED[stock]
-        if isinstance(module, affine_act.BatchNorm2d):
-            module._convert(batch_norm)
-        elif isinstance(module, SparseConv2d | SparseLinear):
-            module._convert()
+    module.__class__ = _LEAN[stock]
+    if isinstance(module, affine_act.BatchNorm2d):
+        module._convert(batch_norm)
+    elif isinstance(module, SparseConv2d | SparseLinear):
+        module._convert()
     return stock.__name__
 
 
@@ -143,13 +149,15 @@ def _always_trained(model: nn.Module, names: str | Iterable[str] | None) -> list
     result = [names] if isinstance(names, str) else list(names)
     for name in result:
         if name not in known:
-            raise ValueError(f"always_train names '{name}', which is no module of this model; {nearest(name, list(known))}.")
+            raise ValueError(
+                f"always_train names '{name}', which is no module of this model; {nearest(name, list(known))}."
+            )
     return result
 
 
 def _classifier(model: nn.Module, known: dict[str, nn.Module]) -> list[str]:
     if callable(getattr(model, "get_classifier", None)):
-        head = model.get_classifier()
+        head = model.get_classifier()  # type: ignore[operator]
         heads = head if isinstance(head, tuple | list) else [head]
         found = [name for name, module in known.items() if any(module is h for h in heads)]
         if any(any(True for _ in known[name].parameters()) for name in found):
@@ -171,7 +179,9 @@ def _reasons(model: nn.Module) -> dict[nn.Module, str]:
                 owners.setdefault(tensor, []).append(module)
         if isinstance(module, nn.MultiheadAttention):
             for child in module.children():
-                reasons[child] = "bypassed by its parent nn.MultiheadAttention, which reads its weight directly"
+                reasons[child] = (
+                    "bypassed by its parent nn.MultiheadAttention, which reads its weight directly"
+                )
     for module, known in names.items():
         if len(known) > 1 and type(module) in _WEIGHTED:
             reasons[module] = f"shared module, also known as {', '.join(known[1:])}"
@@ -184,7 +194,9 @@ def _reasons(model: nn.Module) -> dict[nn.Module, str]:
 
 def _own_reason(module: nn.Module, batch_norm: str) -> str | None:
     """Why a module must not be swapped because of what it is; None = swap it."""
-    if torch.nn.utils.parametrize.is_parametrized(module) or "weight" not in module._parameters and type(module) in _WEIGHTED:
+    if torch.nn.utils.parametrize.is_parametrized(module) or (
+        "weight" not in module._parameters and type(module) in _WEIGHTED
+    ):
         return "parametrised: its weight is computed from other parameters"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: it has no shape yet; run one batch through the model before converting"

@@ -79,8 +79,18 @@ class AffineActFunction(torch.autograd.Function):
             dy, scale, mask, ctx.act.kind, ctx.act.low, ctx.strides, needs_dshift
         )
         if needs_dshift:
-            dshift = (dshift if shift_rows is None else dshift.index_select(0, shift_rows)).to(part_shift.dtype)
-        return (dx if ctx.needs_input_grad[0] else None, None, None, dshift if needs_dshift else None, None, None, None)
+            dshift = (dshift if shift_rows is None else dshift.index_select(0, shift_rows)).to(
+                part_shift.dtype
+            )
+        return (
+            dx if ctx.needs_input_grad[0] else None,
+            None,
+            None,
+            dshift if needs_dshift else None,
+            None,
+            None,
+            None,
+        )
 
 
 def affine_act(
@@ -122,7 +132,7 @@ class LeanActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return affine_act(x, None, None, self.activation, self.inplace)
-        return super().forward(x)  # type: ignore[no-any-return, misc]
+        return super().forward(x)  # type: ignore[no-any-return]
 
 
 class ReLU(LeanActivation, nn.ReLU):
@@ -183,8 +193,8 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
         super()._strip_compact()
         del self.mode
 
-    weight = property(lambda self: self._read("weight"))  # type: ignore[assignment]
-    bias = property(lambda self: self._read("bias"))  # type: ignore[assignment]
+    weight = property(lambda self: self._read("weight"))
+    bias = property(lambda self: self._read("bias"))
 
     def set_mode(self, mode: str) -> None:
         """Change the mode; the shift is then trained whole ("bias", "train") or not at all ("frozen").
@@ -195,7 +205,9 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
         if mode not in ("frozen", "bias", "train"):
             raise ValueError(f"batch_norm must be 'frozen', 'bias' or 'train', not {mode!r}.")
         if mode != "train" and self.running_mean is None:
-            raise ValueError(f"This BatchNorm2d has no running statistics, so mode '{mode}' cannot normalise; use 'train'.")
+            raise ValueError(
+                f"This BatchNorm2d has no running statistics, so mode '{mode}' cannot normalise; use 'train'."
+            )
         self.mode = mode
         for name, flag in self._original_flags.items():
             self._full(name).requires_grad_(flag and mode == "train")
@@ -215,9 +227,13 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
         wanted = chosen is None or chosen.numel() > 0
         has_shift = self._parameters["bias"] is not None
         if wanted and self.mode == "train":
-            raise ValueError("A norm in mode 'train' trains its whole scale and shift; it cannot be selected.")
+            raise ValueError(
+                "A norm in mode 'train' trains its whole scale and shift; it cannot be selected."
+            )
         if wanted and not has_shift and index is not None:
-            raise ValueError("This BatchNorm2d has no shift (affine=False), so its channels cannot be trained.")
+            raise ValueError(
+                "This BatchNorm2d has no shift (affine=False), so its channels cannot be trained."
+            )
         placed = None if chosen is None or not has_shift else chosen.to(self._full("bias").device)
         self._place({"bias": Slot(placed, 0, 1)} if wanted and has_shift else {})
         self._index = placed if has_shift else torch.zeros(0, dtype=torch.int64)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ from sparse_bwd.ops.write_back import read_slices
 TRAINABLE = {"weight": "trainable_weight", "bias": "trainable_bias"}
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Slot:
     """Where the slices of one compact Parameter live in its full tensor."""
 
     index: Tensor | None  # int64 on the layer's device; None = all
@@ -54,8 +56,15 @@ def as_index(index: Iterable[int] | Tensor | None, count: int, what: str) -> Ten
     values = torch.as_tensor(index if isinstance(index, Tensor) else list(index)).cpu()
     if values.numel() == 0:
         return torch.empty(0, dtype=torch.int64).zero_()
-    if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool or values.dim() != 1:
-        raise TypeError(f"{what}: channels must be a 1-d list of integers, not {values.dtype} of shape {tuple(values.shape)}.")
+    if (
+        values.dtype.is_floating_point
+        or values.dtype.is_complex
+        or values.dtype == torch.bool
+        or values.dim() != 1
+    ):
+        raise TypeError(
+            f"{what}: channels must be a 1-d list of integers, not {values.dtype} of shape {tuple(values.shape)}."
+        )
     values = values.to(torch.int64).sort().values
     if bool((values[1:] == values[:-1]).any()):
         raise ValueError(f"{what}: a channel is named twice; name each selected channel once.")
@@ -95,7 +104,16 @@ class CompactLayer(nn.Module):
             parameter = self._parameters[name]
             if parameter is not None:
                 parameter.requires_grad_(flag)
-        for name in ("_original_flags", "selectable", "_slots", "_synced", "_index", "axis", "bias_mode", "_last_group"):
+        for name in (
+            "_original_flags",
+            "selectable",
+            "_slots",
+            "_synced",
+            "_index",
+            "axis",
+            "bias_mode",
+            "_last_group",
+        ):
             self.__dict__.pop(name, None)
 
     # Selection
@@ -226,7 +244,8 @@ class CompactLayer(nn.Module):
         """Bring index vectors to the device of the parameters."""
         self._index = None if self._index is None else self._index.to(device)
         self._slots = {
-            n: s._replace(index=None if s.index is None else s.index.to(device)) for n, s in self._slots.items()
+            n: replace(s, index=None if s.index is None else s.index.to(device))
+            for n, s in self._slots.items()
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -259,5 +278,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError("Nothing in this model is trainable; call policy.step() or sparse_bwd.apply() first.")
+        raise ValueError(
+            "Nothing in this model is trainable; call policy.step() or sparse_bwd.apply() first."
+        )
     return parameters

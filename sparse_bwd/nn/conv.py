@@ -51,7 +51,11 @@ class Conv2dFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, part, part_bias, keep, spread, rows, pick, bias_rows, ctx.geometry, ctx.small = inputs
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        needs_dx, needs_dw, needs_db = (
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[3],
+            ctx.needs_input_grad[4],
+        )
         plan = (spread, rows, pick) if needs_dw else (None, None, None)
         ctx.save_for_backward(
             kept_input(x, keep) if needs_dw else None, weight if needs_dx else None, part if needs_dw else None,
@@ -70,7 +74,17 @@ class Conv2dFunction(torch.autograd.Function):
             dx = conv2d_dx(dy, weight.to(dy.dtype), ctx.shape, g)
         if ctx.needs_input_grad[3]:
             dw = torch.ops.sparse_bwd.conv2d_dw(
-                x, dy, spread, rows, pick, part.shape, g.stride, g.padding, g.padding_mode, g.dilation, *ctx.small
+                x,
+                dy,
+                spread,
+                rows,
+                pick,
+                part.shape,
+                g.stride,
+                g.padding,
+                g.padding_mode,
+                g.dilation,
+                *ctx.small,
             ).to(ctx.dtypes[0])
         if ctx.needs_input_grad[4]:
             db = bias_gradient(dy, bias_rows, 1).to(ctx.dtypes[1])
@@ -104,8 +118,8 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
         super()._strip_compact()
         del self._geometry, self._plan
 
-    weight = property(lambda self: self._read("weight"))  # type: ignore[assignment]
-    bias = property(lambda self: self._read("bias"))  # type: ignore[assignment]
+    weight = property(lambda self: self._read("weight"))
+    bias = property(lambda self: self._read("bias"))
 
     @property
     def depthwise(self) -> bool:
@@ -121,7 +135,9 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
         across = self.in_channels if axis == "out" else self.out_channels
         return across // self.groups * self.kernel_size[0] * self.kernel_size[1]
 
-    def set_channels(self, index: Iterable[int] | Tensor | None, axis: str = "out", bias: str = "selected") -> None:
+    def set_channels(
+        self, index: Iterable[int] | Tensor | None, axis: str = "out", bias: str = "selected"
+    ) -> None:
         """Train the channels `index` (None = all, empty = none) of `axis` from now on.
 
         Args:
@@ -136,29 +152,35 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
         chosen = as_index(index, self.num_channels(axis), f"SparseConv2d, axis '{axis}',")
         if chosen is None or chosen.numel():
             every = chosen is None or chosen.numel() == self.num_channels(axis)
-            plan = make_plan(None if every else chosen, axis, self.in_channels, self.out_channels, self.groups)
+            plan = make_plan(
+                None if every else chosen, axis, self.in_channels, self.out_channels, self.groups
+            )
         else:
             plan = Plan(None, None, None, None, self.groups)
-        place_selection(self, chosen, axis, bias, 0 if axis == "out" else 1, self.groups if axis == "in" else 1)
+        place_selection(
+            self, chosen, axis, bias, 0 if axis == "out" else 1, self.groups if axis == "in" else 1
+        )
         self._plan = plan
         self._move_index(self._full("weight").device)
 
     def _move_index(self, device: torch.device) -> None:
         super()._move_index(device)
-        moved = [t.to(device) if isinstance(t, Tensor) else t for t in self._plan[:4]]
-        self._plan = Plan(*moved, groups=self._plan.groups)
+        *vectors, groups = self._plan
+        keep, spread, rows, pick = (None if v is None else v.to(device) for v in vectors)
+        self._plan = Plan(keep, spread, rows, pick, groups)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         self.synchronise()
         plan, bias_slot = self._plan, self._slots.get("bias")
-        return Conv2dFunction.apply(
+        y: Tensor = Conv2dFunction.apply(
             autocast_input(x), self._parameters["weight"], self._parameters["bias"],
             self._parameters["trainable_weight"], self._parameters["trainable_bias"], *plan[:4],
             None if bias_slot is None else bias_slot.index, self._geometry,
             (plan.groups, self.axis == "in" and self.groups > 1),
         )  # fmt: skip
+        return y
 
 
 def _geometry_of(conv: nn.Conv2d) -> Geometry:

@@ -42,7 +42,11 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, part, part_bias, keep, rows, bias_rows = inputs
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        needs_dx, needs_dw, needs_db = (
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[3],
+            ctx.needs_input_grad[4],
+        )
         kept = (x if keep is None else x.index_select(-1, keep)) if needs_dw else None
         ctx.save_for_backward(
             kept, weight if needs_dx else None, part if needs_dw else None, rows if needs_dw else None,
@@ -57,7 +61,9 @@ class LinearFunction(torch.autograd.Function):
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = dy.matmul(weight.to(dy.dtype))
-        together = rows is bias_rows or (rows is not None and bias_rows is not None and torch.equal(rows, bias_rows))
+        together = rows is bias_rows or (
+            rows is not None and bias_rows is not None and torch.equal(rows, bias_rows)
+        )
         if ctx.needs_input_grad[3]:
             both = ctx.needs_input_grad[4] and together
             dw, db = torch.ops.sparse_bwd.linear_dw(x, dy, rows, both)
@@ -86,8 +92,8 @@ class SparseLinear(CompactLayer, nn.Linear):
             if parameter is not None:
                 parameter.requires_grad_(False)
 
-    weight = property(lambda self: self._read("weight"))  # type: ignore[assignment]
-    bias = property(lambda self: self._read("bias"))  # type: ignore[assignment]
+    weight = property(lambda self: self._read("weight"))
+    bias = property(lambda self: self._read("bias"))
 
     def num_channels(self, axis: str = "out") -> int:
         """Channels on the axis: output features ("out") or input features ("in")."""
@@ -97,7 +103,9 @@ class SparseLinear(CompactLayer, nn.Linear):
         """Weights of one channel (its bias is not counted)."""
         return self.in_features if axis == "out" else self.out_features
 
-    def set_channels(self, index: Iterable[int] | Tensor | None, axis: str = "out", bias: str = "selected") -> None:
+    def set_channels(
+        self, index: Iterable[int] | Tensor | None, axis: str = "out", bias: str = "selected"
+    ) -> None:
         """Train the channels `index` (None = all, empty = none) of `axis` from now on.
 
         Args:
@@ -116,11 +124,12 @@ class SparseLinear(CompactLayer, nn.Linear):
         x = autocast_input(x)
         slot, bias_slot = self._slots.get("weight"), self._slots.get("bias")
         index = None if slot is None else slot.index
-        return LinearFunction.apply(
+        y: Tensor = LinearFunction.apply(
             x, weight, bias, self._parameters["trainable_weight"], self._parameters["trainable_bias"],
             index if self.axis == "in" else None, index if self.axis == "out" else None,
             None if bias_slot is None else bias_slot.index,
         )  # fmt: skip
+        return y
 
 
 def check_words(axis: str, bias: str, what: str) -> None:

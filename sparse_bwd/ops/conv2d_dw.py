@@ -88,7 +88,7 @@ def conv2d_dw_plain(
     like = x.new_empty(dy.shape[1], per_group, size[2], size[3])
     if dy.numel() == 0 or x.numel() == 0:
         return x.new_zeros(tuple(size))
-    dw = torch.ops.aten.convolution_backward(
+    dw: Tensor = torch.ops.aten.convolution_backward(
         dy, pad(x, geometry), like, None, geometry.stride, geometry.inner_padding, geometry.dilation,
         False, [0, 0], groups, [False, True, False],
     )[1]  # fmt: skip

@@ -8,7 +8,6 @@ Work and result are k / C of dense; beside the result one gathered slice of dy i
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparse_bwd.ops.backend import register
@@ -25,7 +24,9 @@ def _fake(x: Tensor, dy: Tensor, rows: Tensor | None, bias: bool) -> tuple[Tenso
     return x.new_empty(k, x.shape[-1]), dy.new_empty(k if bias else 0)
 
 
-register("linear_dw(Tensor x, Tensor dy, Tensor? rows, bool bias) -> (Tensor, Tensor)", linear_dw_plain, _fake)
+register(
+    "linear_dw(Tensor x, Tensor dy, Tensor? rows, bool bias) -> (Tensor, Tensor)", linear_dw_plain, _fake
+)
 
 
 def bias_gradient(dy: Tensor, rows: Tensor | None, axis: int) -> Tensor:

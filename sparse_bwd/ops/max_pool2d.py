@@ -36,7 +36,12 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
 
 
 def max_pool2d_plain(
-    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil: bool
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = _output_shape(x, kernel, stride, padding, dilation, ceil)
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
@@ -96,7 +101,10 @@ def _output_shape(x, kernel, stride, padding, dilation, ceil):  # type: ignore[n
 def _fake(x, kernel, stride, padding, dilation, ceil):  # type: ignore[no-untyped-def]
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     y = torch.empty(
-        _output_shape(x, kernel, stride, padding, dilation, ceil), dtype=x.dtype, device=x.device, memory_format=layout
+        _output_shape(x, kernel, stride, padding, dilation, ceil),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=layout,
     )
     return y, torch.empty_like(y, dtype=torch.uint8)
 
@@ -109,5 +117,7 @@ def _fake_dx(dy, offset, shape, kernel, stride, padding, dilation, ceil):  # typ
 _WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil"
 register(f"max_pool2d(Tensor x, {_WINDOW}) -> (Tensor, Tensor)", max_pool2d_plain, _fake)
 register(
-    f"max_pool2d_dx(Tensor dy, Tensor offset, SymInt[] shape, {_WINDOW}) -> Tensor", max_pool2d_dx_plain, _fake_dx
+    f"max_pool2d_dx(Tensor dy, Tensor offset, SymInt[] shape, {_WINDOW}) -> Tensor",
+    max_pool2d_dx_plain,
+    _fake_dx,
 )

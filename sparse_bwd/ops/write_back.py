@@ -16,7 +16,8 @@ from sparse_bwd.ops.backend import register
 
 def _channel_view(full: Tensor, groups: int) -> Tensor:
     """A weight [C_out, C_in/g, kh, kw] of g > 1 groups, viewed as [g, C_in/g, C_out/g, kh, kw]."""
-    return full.unflatten(0, (groups, -1)).transpose(1, 2)
+    view: Tensor = full.unflatten(0, (groups, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
+    return view
 
 
 def read_slices(full: Tensor, index: Tensor | None, dim: int, groups: int) -> Tensor:
@@ -24,8 +25,10 @@ def read_slices(full: Tensor, index: Tensor | None, dim: int, groups: int) -> Te
     if groups > 1 and dim == 1:
         view = _channel_view(full, groups)
         index = torch.arange(groups * view.shape[1], device=full.device) if index is None else index
-        return view[index // view.shape[1], index % view.shape[1]]
-    return full.clone() if index is None else full.index_select(dim, index)
+        slices: Tensor = view[index // view.shape[1], index % view.shape[1]]
+        return slices
+    slices = full.clone() if index is None else full.index_select(dim, index)
+    return slices
 
 
 def write_back_plain(

@@ -7,13 +7,13 @@ the optimizer state of channels that stay selected to their new positions; chann
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.nn import BatchNorm2d, CompactLayer, layers, norms
+from sparse_bwd.nn import BatchNorm2d, CompactLayer, SparseConv2d, SparseLinear, layers, norms
 from sparse_bwd.nn.compact import TRAINABLE, Slot
 from sparse_bwd.selection.selection import Channels, Selection
 
@@ -22,7 +22,7 @@ GroupOf = Callable[[str, nn.Parameter], int]
 
 def apply(
     model: nn.Module,
-    selection: Mapping[str, Channels | Iterable[int] | None],
+    selection: Mapping[str, Channels | Tensor | Sequence[int] | None],
     optimizer: torch.optim.Optimizer | None = None,
     group: GroupOf | None = None,
 ) -> None:
@@ -58,10 +58,11 @@ def _select(layer: CompactLayer, channels: Channels | None) -> None:
             layer.set_channels(channels.index)
         else:
             layer.set_channels(None if layer.mode == "bias" else [])
-    elif channels is None:
-        layer.set_channels([], bias="none")  # type: ignore[attr-defined]
-    else:
-        layer.set_channels(channels.index, axis=channels.axis, bias=channels.bias)  # type: ignore[attr-defined]
+    elif isinstance(layer, SparseConv2d | SparseLinear):
+        if channels is not None:
+            layer.set_channels(channels.index, axis=channels.axis, bias=channels.bias)
+        else:
+            layer.set_channels([], bias="none")
 
 
 def _refuse_pending(compact: dict[str, CompactLayer]) -> None:
@@ -120,14 +121,21 @@ def _find(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[int, int
 
 
 def _insert(
-    optimizer: torch.optim.Optimizer, layer: CompactLayer, kind: str, name: str, new: nn.Parameter, group: GroupOf | None
+    optimizer: torch.optim.Optimizer,
+    layer: CompactLayer,
+    kind: str,
+    name: str,
+    new: nn.Parameter,
+    group: GroupOf | None,
 ) -> None:
     """Append a Parameter to the group it belongs to: the user's choice, its layer's last group, that of the layer's
     full weight (which `model.parameters()` put there), else the first."""
     if group is not None:
         where = group(f"{name}.{TRAINABLE[kind]}", new)
         if not 0 <= where < len(optimizer.param_groups):
-            raise ValueError(f"group() returned {where}, but the optimizer has {len(optimizer.param_groups)} groups.")
+            raise ValueError(
+                f"group() returned {where}, but the optimizer has {len(optimizer.param_groups)} groups."
+            )
     else:
         last: dict[str, int] = layer.__dict__.get("_last_group", {})
         full = layer._parameters[kind]
@@ -148,7 +156,11 @@ def _carry(
         return {}
     carried: dict[str, Any] = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1 and value.shape != old.shape:
+        if (
+            not isinstance(value, Tensor)
+            or value.dim() == 0
+            or (value.numel() == 1 and value.shape != old.shape)
+        ):
             carried[key] = value
         elif value.shape == old.shape:
             fresh = torch.zeros_like(new, dtype=value.dtype)
@@ -163,7 +175,9 @@ def _carry(
     return carried
 
 
-def _staying(slot: Slot, old_slot: Slot, count: int, old_count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _staying(
+    slot: Slot, old_slot: Slot, count: int, old_count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Positions of the channels selected before and now: (in the new Parameter, in the old one)."""
     now = torch.arange(count, device=device) if slot.index is None else slot.index
     was = torch.arange(old_count, device=device) if old_slot.index is None else old_slot.index
