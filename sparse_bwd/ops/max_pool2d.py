@@ -17,7 +17,7 @@ from torch import Tensor
 from sparse_bwd.ops.backend import register
 from sparse_bwd.ops.layout import is_channels_last
 
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 
 
 def _blocks(y: Tensor) -> Iterator[slice]:
