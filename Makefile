@@ -19,7 +19,7 @@ $(READY): pyproject.toml setup.py requirements/test.txt
 setup: $(READY)
 
 demo: $(READY)
-	$(BIN)/python examples/demo.py --out demo-results
+	$(BIN)/python benchmarks/demo.py --out demo-results
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(JOBS) --cov --cov-report=term
