@@ -1,6 +1,7 @@
 """Where every byte goes: saved bytes, peak bytes, a timeline, prediction without computing, explanation."""
 
 from .peak import Peak, peak_bytes, step_peak
+from .predict import Prediction, predict
 from .saved import Kept, SavedTensors, saved_bytes, saved_storages
 from .timeline import Timeline, timeline
 
@@ -12,6 +13,8 @@ __all__ = [
     "peak_bytes",
     "step_peak",
     "Peak",
+    "predict",
+    "Prediction",
     "timeline",
     "Timeline",
 ]

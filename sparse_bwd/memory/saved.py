@@ -96,6 +96,10 @@ class SavedTensors:
                     constant.add(storage_key(held.tensor))
         return [_describe(group, key in constant) for key, group in groups.items()]
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are kept now, parameters and buffers included."""
+        return [held.tensor for reference in self._held if (held := reference()) is not None]
+
     def _constant_tensors(self) -> Iterator[Tensor]:
         """Parameters and buffers of every module that was seen running, and what the caller named."""
         for item in [*self._constants, *self._roots]:

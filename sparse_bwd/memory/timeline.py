@@ -5,7 +5,7 @@ are activations, what arrives in `.grad` is a gradient, what lies in `optimizer.
 The rest is transient: dx and dy, what operators need inside, the optimizer's intermediate results.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,8 @@ def timeline(
             "Gradients are pending: call optimizer.zero_grad(set_to_none=True) before timeline()."
         )
     start = dict.fromkeys(KINDS, 0)
-    start["parameter"] = _unique_bytes([*model.parameters(), *model.buffers()])
-    start["optimizer"] = _unique_bytes(_state_tensors(optimizer))
+    start["parameter"] = unique_bytes([*model.parameters(), *model.buffers()])
+    start["optimizer"] = unique_bytes(state_tensors(optimizer))
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     constant = {storage_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
@@ -70,7 +70,7 @@ def timeline(
     def run() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             step()
-        for tensor in _state_tensors(optimizer):
+        for tensor in state_tensors(optimizer):
             mark("optimizer", tensor)
 
     handles = [parameter.register_post_accumulate_grad_hook(_mark_gradient) for parameter in trained]
@@ -79,7 +79,7 @@ def timeline(
     finally:
         for handle in handles:
             handle.remove()
-    return _stack(events, start)
+    return stack(events, start)
 
 
 def _mark_gradient(parameter: Tensor) -> None:
@@ -87,20 +87,25 @@ def _mark_gradient(parameter: Tensor) -> None:
         mark("gradient", parameter.grad)
 
 
-def _state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    """Tensors of an optimizer's state."""
     states = optimizer.state.values() if optimizer is not None else ()
     return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
-def _unique_bytes(tensors: list[Tensor]) -> int:
-    return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+def unique_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of some tensors, each once."""
+    return sum({storage_key(tensor): int(tensor.untyped_storage().nbytes()) for tensor in tensors}.values())
 
 
-def _stack(events: list[Event], start: dict[str, int]) -> Timeline:
-    """Running sums per kind. A mark names a block for its whole life, also for the time before the mark."""
+def stack(events: list[Event], start: dict[str, int]) -> Timeline:
+    """Running sums per kind, from `start` (0 where absent).
+
+    A mark names a block for its whole life, also for the time before the mark.
+    """
     kind_of = _kinds_of_blocks(events)
-    level = dict(start)
-    ms, allocated = [0.0], {kind: [start[kind]] for kind in KINDS}
+    level = {kind: start.get(kind, 0) for kind in KINDS}
+    ms, allocated = [0.0], {kind: [level[kind]] for kind in KINDS}
     origin = events[0].time if events else 0
     for event, kind in zip(events, kind_of, strict=True):
         if event.nbytes == 0:

@@ -7,8 +7,6 @@ bit i. Both assume a little-endian machine, as all that PyTorch supports are.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -32,14 +30,19 @@ def pack(flags: Tensor, out: Tensor) -> None:
         out[whole:].copy_((tail.view(torch.int64) * _GATHER) >> 56)
 
 
-@functools.cache
-def _table(device: torch.device) -> Tensor:
+def _table() -> Tensor:
+    """The eight flag bytes of each packed byte, as one 64-bit word: int64 [256]."""
     byte = torch.arange(256, dtype=torch.uint8)[:, None]
     flags = (byte >> torch.arange(8, dtype=torch.uint8)) & 1
-    return flags.contiguous().view(torch.int64).flatten().to(device)
+    return flags.contiguous().view(torch.int64).flatten()
+
+
+# Made at import: a table cached at its first use could be a fake tensor, where that use was under torch.compile or in a
+# prediction without data, and would then spoil every later call.
+_TABLE = _table()
 
 
 def unpack(packed: Tensor, count: int) -> Tensor:
     """The first `count` flags of `packed` (uint8) as a 1-d bool tensor."""
-    words = _table(packed.device).index_select(0, packed.to(torch.int32))
+    words = _TABLE.to(packed.device).index_select(0, packed.to(torch.int32))
     return words.view(torch.bool)[:count]

@@ -1,0 +1,1 @@
+"""Measuring: one step harness, shapes of real models, byte formulas."""
