@@ -1,11 +1,34 @@
-"""What to train: selections, budgets, costs, and the policies that choose under a budget."""
+"""What to train: selections, budgets and the policies that choose."""
 
+from sparse_bwd.selection.apply import apply
 from sparse_bwd.selection.budget import Budget
-from sparse_bwd.selection.policies import FrozenPolicy, FullPolicy, RandomPolicy, SparseUpdatePolicy, VelocityPolicy
-from sparse_bwd.selection.policy import Policy
-from sparse_bwd.selection.selection import Channels, Selection
+from sparse_bwd.selection.costs import CostTable, cost_table
+from sparse_bwd.selection.policies import (
+    FrozenPolicy,
+    FullPolicy,
+    RandomPolicy,
+    SparseUpdatePolicy,
+    VelocityPolicy,
+)
+from sparse_bwd.selection.policy import Policy, PolicyReport
+from sparse_bwd.selection.schemes import SCHEMES, Scheme
+from sparse_bwd.selection.selection import Channels, Selection, Summary
 
 __all__ = [
-    "Budget", "Channels", "FrozenPolicy", "FullPolicy", "Policy", "RandomPolicy", "Selection", "SparseUpdatePolicy",
+    "SCHEMES",
+    "Budget",
+    "Channels",
+    "CostTable",
+    "FrozenPolicy",
+    "FullPolicy",
+    "Policy",
+    "PolicyReport",
+    "RandomPolicy",
+    "Scheme",
+    "Selection",
+    "SparseUpdatePolicy",
+    "Summary",
     "VelocityPolicy",
-]  # fmt: skip
+    "apply",
+    "cost_table",
+]

@@ -1,0 +1,231 @@
+"""The policies: velocity, random, sparse-update scheme, full, frozen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_bwd.nn import layers
+from sparse_bwd.selection.budget import Budget
+from sparse_bwd.selection.costs import greedy_prefix
+from sparse_bwd.selection.policy import BudgetPolicy, Policy
+from sparse_bwd.selection.responses import ResponseMeter, check_probe
+from sparse_bwd.selection.schemes import CRITERIA, Scheme, check_scheme, find_scheme, scheme_selection
+from sparse_bwd.selection.selection import Channels, Selection
+from sparse_bwd.selection.velocity import Velocity
+
+SchemeLike = Scheme | str | os.PathLike[str]
+
+
+class FullPolicy(Policy):
+    """Trains every swapped layer whole, biases included."""
+
+    def __init__(self, model: nn.Module, axis: str = "out", bias: str = "all") -> None:
+        super().__init__(model, axis, bias)
+
+    def _choose(self) -> Selection:
+        return Selection({name: Channels(None, self.axis, self.bias) for name in self.table.names})
+
+
+class FrozenPolicy(Policy):
+    """Trains nothing but `always_train` and what the batch-norm mode of `convert` trains."""
+
+    def __init__(self, model: nn.Module, axis: str = "out") -> None:
+        super().__init__(model, axis)
+
+    def _choose(self) -> Selection:
+        return Selection()
+
+
+class RandomPolicy(BudgetPolicy):
+    """Channels drawn uniformly until the next one would exceed the budget, each at its true cost (METHOD 1.3).
+
+    Args:
+        redraw: draw again at every step, or keep the first draw.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        axis: str = "out",
+        redraw: bool = True,
+        seed: int = 0,
+        bias: str = "selected",
+    ) -> None:
+        super().__init__(model, budget, axis, bias, seed)
+        self.redraw = bool(redraw)
+
+    def _choose(self) -> Selection:
+        if self.selection is not None and not self.redraw:
+            return self.selection
+        return self._draw()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "redraw": self.redraw}
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        if state.get("redraw") != self.redraw:
+            raise ValueError(
+                f"The saved policy has redraw {state.get('redraw')!r}, this one {self.redraw!r}."
+            )
+
+
+class VelocityPolicy(BudgetPolicy):
+    """The channels whose responses to the probe change fastest per weight (METHOD 1.1 to 1.3).
+
+    The first step measures the responses that later ones are compared with, and selects by `first`; velocity selects
+    from the second step on. Ranking: |v| / cost, over all layers together, then the greedy prefix.
+
+    Args:
+        probe: a few images, or a tuple or list (arguments) or a dict (keyword arguments) of model inputs; moved to the
+            model's device for each measurement. It must be the same in a resumed run.
+        axis: "in" measures the velocity of the layers' input channels.
+        recursion, mu: "paper" or "reference" form of the velocity, and the weight of the previous one
+            (`sparse_bwd.selection.velocity`).
+        first: first selection: "random" (under the budget), "full", a scheme (name, file or `Scheme`; read on `axis`),
+            or a selection.
+        order: "fastest", or "slowest" as the control.
+        parity: the paper's code on ties: channels that tie with the first rejected one are dropped.
+        storage: dtype of the responses kept between steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: Budget,
+        probe: Any,
+        axis: str = "out",
+        recursion: str = "paper",
+        mu: float = 0.5,
+        first: str | Scheme | os.PathLike[str] | Selection | Mapping[str, Any] = "random",
+        order: str = "fastest",
+        seed: int = 0,
+        bias: str = "selected",
+        parity: bool = False,
+        storage: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(model, budget, axis, bias, seed)
+        if order not in ("fastest", "slowest"):
+            raise ValueError(f"order is {order!r}; it must be 'fastest' or 'slowest'.")
+        self.probe = check_probe(probe)
+        self.order, self.parity = order, bool(parity)
+        self.meter = ResponseMeter(storage)
+        self.velocity = Velocity(len(self.table), recursion, mu)
+        self.first = self._read_first(first)
+
+    def _read_first(self, first: Any) -> str | Scheme | Selection:
+        """Check `first` now, rather than at the first step."""
+        if isinstance(first, str) and first in ("random", "full"):
+            return first
+        if isinstance(first, Mapping):
+            chosen = Selection(first)
+            chosen.validate(self.model)
+            return chosen
+        scheme = find_scheme(first)
+        check_scheme(self.model, scheme)
+        return scheme
+
+    @property
+    def velocity_bytes(self) -> int:
+        return self.meter.bytes
+
+    def _unmeasured(self) -> tuple[str, ...]:
+        return self.meter.unmeasured
+
+    def _measure(self) -> Tensor:
+        """phi of every row of the table, from one pass over the probe."""
+        swapped = layers(self.model)
+        channels = {name: (swapped[name], size) for name, size in self.table.channels.items()}
+        return self.table.gather(self.meter.measure(self.model, channels, self.axis, self.probe))
+
+    def _choose(self) -> Selection:
+        phi = self._measure()
+        if self.steps == 0:
+            return self._choose_first()
+        score = self.velocity.update(phi).abs() / self.table.cost
+        if self.order == "slowest":
+            score = -score
+        return self._select(greedy_prefix(score, self.table.cost, self.budget, self.parity))
+
+    def _choose_first(self) -> Selection:
+        if isinstance(self.first, Selection):
+            return self.first
+        if isinstance(self.first, Scheme):
+            return scheme_selection(self.model, self.first, self.axis)
+        if self.first == "full":
+            return self.table.selection(torch.arange(len(self.table)), self.bias)
+        return self._draw()
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"order": self.order, "parity": self.parity}
+        state = {"velocity": self.velocity.state_dict(), "responses": self.meter.state_dict()}
+        return {**super().state_dict(), **own, **state}
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        for key in ("order", "parity"):
+            if state.get(key) != getattr(self, key):
+                raise ValueError(
+                    f"The saved policy has {key} {state.get(key)!r}, this one {getattr(self, key)!r}."
+                )
+        self.velocity.check_state(state.get("velocity"))
+        self.meter.check_state(state.get("responses"), self.table.channels)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
+        self.velocity.load_state_dict(state["velocity"])
+        self.meter.load_state_dict(state["responses"])
+
+
+class SparseUpdatePolicy(Policy):
+    """A fixed scheme of layers and ratios, chosen once at the first step and kept (METHOD 5).
+
+    Args:
+        scheme: name of a built-in scheme ("mbv2-1" to "mbv2-5", likewise "mcunet-" and "proxyless-"), a `Scheme`, or
+            the path of a scheme file.
+        axis: "in" as its authors (input channels of largest L2 norm), or "out".
+        criterion: "largest", "smallest" or "random" channels.
+        norm_shift: also train the shift of the norm layers that follow the last n_bias convolutions; for networks whose
+            convolutions have no bias, where the scheme's bias part otherwise has no effect.
+        seed: of the "random" criterion.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheme: SchemeLike,
+        axis: str = "in",
+        criterion: str = "largest",
+        norm_shift: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, axis)
+        self.scheme = find_scheme(scheme)
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion is {criterion!r}; it must be 'largest', 'smallest' or 'random'.")
+        self.criterion, self.norm_shift, self.seed = criterion, bool(norm_shift), seed
+        check_scheme(model, self.scheme)
+
+    def _choose(self) -> Selection:
+        if self.selection is not None:
+            return self.selection
+        return scheme_selection(
+            self.model, self.scheme, self.axis, self.criterion, self.norm_shift, self.seed
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"criterion": self.criterion, "norm_shift": self.norm_shift, "seed": self.seed}
+        return {**super().state_dict(), "scheme": self.scheme.to_dict(), **own}
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        mine = SparseUpdatePolicy.state_dict(self)
+        for key in ("scheme", "criterion", "norm_shift", "seed"):
+            if state.get(key) != mine[key]:
+                raise ValueError(f"The saved policy has {key} {state.get(key)!r}, this one {mine[key]!r}.")

@@ -1,0 +1,237 @@
+"""What all policies share: the step, the report, and the state that makes a resumed run select the same."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_bwd.nn import layers, norms
+from sparse_bwd.selection.apply import _refuse_pending, apply
+from sparse_bwd.selection.budget import Budget
+from sparse_bwd.selection.costs import cost_table, prefix_length
+from sparse_bwd.selection.selection import BIAS_MODES, Selection
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PolicyReport:
+    """What the last step of a policy selected. Weights exclude biases, norm shifts and `always_train`."""
+
+    policy: str
+    step: int  # selections made so far, this one included
+    budget: int | None  # weights; None for a policy without a budget
+    cost: int  # true trained weights
+    total: int  # weights of all swapped layers
+    channels: int
+    layers: int  # layers with at least one trained channel
+    bias_only: int
+    norms: int
+    velocity_bytes: int  # responses held for velocity, 0 for other policies
+    unmeasured: tuple[str, ...]  # layers that the probe pass did not call; their velocity is zero
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-friendly form."""
+        return {**asdict(self), "unmeasured": list(self.unmeasured)}
+
+    def __str__(self) -> str:
+        budget = "without a budget" if self.budget is None else f"of a budget of {self.budget:,}"
+        text = (
+            f"{self.policy} (selection {self.step}): {self.cost:,} weights {budget} "
+            f"({self.cost / self.total:.1%} of {self.total:,}), {self.channels:,} channels in {self.layers} layers"
+        )
+        if self.bias_only or self.norms:
+            text += f"; bias only in {self.bias_only} layers, shift of {self.norms} norm layers"
+        if self.unmeasured:
+            text += f"; {len(self.unmeasured)} layers not called by the probe"
+        return text
+
+
+class Policy:
+    """Chooses a selection and applies it. Subclasses implement `_choose`.
+
+    Args:
+        model: a converted model; its layers must stay as they are while the policy is used.
+        axis: "out" or "in"; depthwise layers have one axis and are the same under both.
+        bias: which biases go with selected channels; see `Channels`.
+    """
+
+    def __init__(self, model: nn.Module, axis: str = "out", bias: str = "selected") -> None:
+        if bias not in BIAS_MODES:
+            raise ValueError(f"bias is {bias!r}; it must be 'selected', 'all' or 'none'.")
+        self.model, self.bias = model, bias
+        self.table = cost_table(model, axis)
+        self.budget: int | None = None
+        self.selection: Selection | None = None
+        self.report: PolicyReport | None = None
+        self.steps = 0
+
+    @property
+    def axis(self) -> str:
+        """The axis on which channels are selected."""
+        return self.table.axis
+
+    @property
+    def velocity_bytes(self) -> int:
+        """Bytes held between steps to measure velocity."""
+        return 0
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> Selection:
+        """Choose the next selection, apply it to the model and return it.
+
+        Call it between optimizer steps. With `optimizer`, its param groups and the state of channels that stay selected
+        are carried over; without, make the optimizer afterwards. Gradients that no step has used are refused before
+        anything is measured or drawn.
+        """
+        self._check_model()
+        _refuse_pending({**layers(self.model), **norms(self.model)})
+        selection = self._choose()
+        apply(self.model, selection, optimizer)
+        self.selection, self.steps = selection, self.steps + 1
+        self.report = self._report(selection)
+        return selection
+
+    def _choose(self) -> Selection:
+        raise NotImplementedError
+
+    def _unmeasured(self) -> tuple[str, ...]:
+        return ()
+
+    def _check_model(self) -> None:
+        """ValueError if the layers of the model are no longer those that the policy was made for."""
+        now = cost_table(self.model, self.axis)
+        if now == self.table:
+            return
+        before, after = (
+            {
+                name: (size, unit)
+                for name, size, unit in zip(table.names, table.sizes, table.unit, strict=True)
+            }
+            for table in (self.table, now)
+        )
+        changed = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+        raise ValueError(
+            f"The model has changed since the policy was made (layers {', '.join(changed[:5]) or 'in another order'}); "
+            "make a new policy."
+        )
+
+    def _report(self, selection: Selection) -> PolicyReport:
+        return PolicyReport(
+            policy=type(self).__name__,
+            step=self.steps,
+            budget=self.budget,
+            total=self.table.total,
+            velocity_bytes=self.velocity_bytes,
+            unmeasured=self._unmeasured(),
+            **asdict(selection.summary(self.model)),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next selections depend on, besides model and probe; safe for `torch.load(weights_only=True)`."""
+        return {
+            "version": STATE_VERSION,
+            "policy": type(self).__name__,
+            "axis": self.axis,
+            "bias": self.bias,
+            "budget": self.budget,
+            "layers": self.table.channels,
+            "steps": self.steps,
+            "selection": None if self.selection is None else self.selection.to_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned. The model is left alone: next, `sb.apply(model, policy.selection)`.
+
+        Raises ValueError, with nothing changed, if the state is of another policy, axis, budget or model.
+        """
+        self._check_state(state)
+        selection = None if state["selection"] is None else Selection.from_dict(state["selection"])
+        if selection is not None:
+            selection.validate(self.model)
+        self._load(state)
+        self.selection, self.steps = selection, state["steps"]
+        self.report = None if selection is None else self._report(selection)
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Compare `state` with this policy; subclasses add their own keys."""
+        if not isinstance(state, Mapping) or "policy" not in state:
+            raise ValueError("This is not the state of a policy; pass what policy.state_dict() returned.")
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"The policy state has version {state.get('version')!r}; this library reads {STATE_VERSION}."
+            )
+        mine = Policy.state_dict(self)
+        for key in ("policy", "axis", "bias", "budget"):
+            if state.get(key) != mine[key]:
+                raise ValueError(f"The saved policy has {key} {state.get(key)!r}, this one {mine[key]!r}.")
+        if state.get("layers") != mine["layers"]:
+            raise ValueError(
+                "The saved policy was made for a model with other layers or channels than this one."
+            )
+        if not isinstance(state.get("steps"), int) or state["steps"] < 0 or "selection" not in state:
+            raise ValueError("The policy state is incomplete: it has no number of steps or no selection.")
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Take over what a subclass added to the state; called after every check has passed."""
+
+
+class BudgetPolicy(Policy):
+    """A policy that spends a budget of weights, with its own random numbers.
+
+    Args:
+        model, axis, bias: as in `Policy`.
+        budget: in weights (params= or fraction=). Below the cheapest channel nothing is selected and a warning says so;
+            at or above the cost of all channels everything is.
+        seed: of the generator (on the CPU, independent of torch's global one).
+    """
+
+    budget: int
+
+    def __init__(self, model: nn.Module, budget: Budget, axis: str, bias: str, seed: int) -> None:
+        if not isinstance(budget, Budget):
+            raise TypeError(
+                f"budget must be a Budget, such as Budget(params=192_311) or Budget(fraction=0.1), got {budget!r}."
+            )
+        super().__init__(model, axis, bias)
+        self.budget = budget.weights(self.table.total)
+        self.generator = torch.Generator().manual_seed(seed)
+        if 0 < self.budget < self.table.cheapest:
+            warnings.warn(
+                f"The budget of {self.budget:,} weights is below the cheapest channel, which costs "
+                f"{self.table.cheapest:,}; nothing will be selected.",
+                stacklevel=3,
+            )
+
+    def _select(self, rows: torch.Tensor) -> Selection:
+        """Selection of `rows`, with a warning where the first channel in line alone exceeds the budget."""
+        if not len(rows) and self.budget >= self.table.cheapest:
+            warnings.warn(
+                f"Nothing is selected: the first channel in line costs more than the budget of {self.budget:,} weights "
+                "or, with parity=True, ties with one that does not fit.",
+                stacklevel=4,
+            )
+        return self.table.selection(rows, self.bias)
+
+    def _draw(self) -> Selection:
+        """Greedy prefix of a uniform permutation of all channels."""
+        order = torch.randperm(len(self.table), generator=self.generator)
+        return self._select(order[: prefix_length(self.table.cost[order], self.budget)])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "generator": self.generator.get_state()}
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        try:
+            torch.Generator().set_state(state["generator"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError("The policy state holds no usable state of the random generator.") from error
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
+        self.generator.set_state(state["generator"])

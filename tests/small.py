@@ -1,0 +1,61 @@
+"""A small network with every kind of layer that can be selected."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import sparse_bwd as sb
+
+
+class Small(nn.Module):
+    """Dense, depthwise and grouped convolutions with and without bias, norms, two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 12, 1, groups=2)
+        self.hidden = nn.Linear(12, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.grouped(self.depth(torch.relu(self.norm(self.stem(x)))))
+        return self.head(torch.relu(self.hidden(x.mean((2, 3)))))
+
+
+def small_net() -> nn.Sequential:
+    """Three convolutions (dense, depthwise, pointwise without bias), a norm and two linear layers, converted."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 16, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+        nn.Linear(10, 3),
+    )
+    sb.convert(net)
+    return net
+
+
+def train(model: nn.Module, seed: int) -> None:
+    """One optimizer step on drawn data, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(sb.trainable_parameters(model), lr=0.05)
+    model(torch.randn(8, 3, 6, 6, generator=generator)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trained(model: nn.Module) -> dict[str, list[int] | None]:
+    """What the layers themselves say is trained."""
+    found = {}
+    for name, layer in sb.layers(model).items():
+        if layer.channels is None or len(layer.channels):
+            found[name] = None if layer.channels is None else layer.channels.tolist()
+    return found

@@ -1,0 +1,275 @@
+"""Similarity, recursion and the measurement on the probe."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sparse_bwd as sb
+from sparse_bwd.selection.responses import ResponseMeter, channel_view, evaluating, similarity
+from sparse_bwd.selection.velocity import Velocity
+
+
+def sums_of(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """(<a,b>, |a|^2, |b|^2) over the last axis."""
+    return torch.stack([(new * old).sum(-1), new.square().sum(-1), old.square().sum(-1)])
+
+
+@pytest.mark.parametrize(
+    ("recursion", "expected"),
+    [("paper", [-0.2, 0.2, -0.15, 0.175]), ("reference", [-0.2, 0.2, -0.05, 0.125])],
+)
+def test_recursion_test_vector(recursion, expected):
+    velocity = Velocity(1, recursion, 0.5)
+    got = [
+        float(velocity.update(torch.tensor([phi], dtype=torch.float64))) for phi in (0.80, 0.90, 0.85, 0.95)
+    ]
+    assert got == pytest.approx(expected, abs=1e-15)
+
+
+def test_recursions_are_the_filters_that_the_text_says():
+    torch.manual_seed(0)
+    phi = torch.rand(6, dtype=torch.float64)
+    dphi = torch.cat([phi[:1] - 1, phi[1:] - phi[:-1]])
+    second = dphi - torch.cat([dphi.new_zeros(1), dphi[:-1]])
+    for recursion, weight, terms in (("paper", -0.3, dphi), ("reference", 0.3, second)):
+        velocity = Velocity(1, recursion, 0.3)
+        got = [float(velocity.update(value.reshape(1))) for value in phi]
+        want = [sum(weight**k * float(terms[t - k]) for k in range(t + 1)) for t in range(6)]
+        assert got == pytest.approx(want, abs=1e-14)
+
+
+def test_velocity_refuses():
+    with pytest.raises(ValueError, match="recursion"):
+        Velocity(1, "papper")
+    with pytest.raises(ValueError, match="mu"):
+        Velocity(1, mu=1.0)
+    with pytest.raises(ValueError, match="diverged"):
+        Velocity(1).update(torch.tensor([float("nan")]))
+
+
+def test_corner_cases_of_similarity():
+    zero, one, other = torch.zeros(2), torch.tensor([1.0, 2.0]), torch.tensor([2.0, -1.0])
+    new = torch.stack([zero, zero, one, one, one, one])
+    old = torch.stack([zero, one, zero, one, -one, other])
+    assert similarity(sums_of(new, old)).tolist() == [1.0, 0.0, 0.0, 1.0, -1.0, 0.0]
+
+
+def test_equal_responses_give_exactly_one():
+    values = torch.randn(1000, 37) * 10 ** torch.empty(1000, 1).uniform_(-12, 12)
+    assert bool((similarity(sums_of(values, values)) == 1).all())
+
+
+def test_channel_view():
+    conv, linear = nn.Conv2d(3, 5, 1), nn.Linear(4, 6)
+    sb_conv, sb_linear = sb.SparseConv2d(3, 5, 1), sb.SparseLinear(4, 6)
+    assert channel_view(sb_conv, conv(torch.zeros(2, 3, 4, 4))).shape == (2, 5, 4, 4)
+    assert channel_view(sb_conv, conv(torch.zeros(3, 4, 4))).shape == (1, 5, 4, 4)
+    tokens = linear(torch.randn(2, 7, 4))
+    assert torch.equal(channel_view(sb_linear, tokens)[1, 3], tokens[1, :, 3])
+    batch = linear(torch.randn(9, 4))
+    assert torch.equal(channel_view(sb_linear, batch), batch.t()[None])  # one vector over the batch
+    assert channel_view(sb_linear, batch[0]).shape == (1, 6, 1)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.depth = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.drop = nn.Dropout(0.5)
+        self.tokens = nn.Linear(6, 8)
+        self.unused = nn.Linear(8, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.depth(torch.relu(self.norm(self.conv(x))))
+        x = self.tokens(self.drop(x).flatten(2).transpose(1, 2)).mean(1)
+        return self.head(self.hidden(torch.tanh(self.hidden(x))))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    net = Net()
+    sb.convert(net)
+    return net
+
+
+def captured(model: nn.Module, axis: str, probe: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Responses by plain hooks, as [samples, C, positions], calls concatenated over samples."""
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            values = (args[0] if axis == "in" and name != "depth" else output).detach().double()
+            if values.dim() == 4:
+                values = values.flatten(2)
+            elif values.dim() == 3:
+                values = values.transpose(1, 2)
+            else:
+                values = values.t()[None]
+            found.setdefault(name, []).append(values.clone())
+
+        return hook
+
+    handles = [layer.register_forward_hook(keep(name)) for name, layer in sb.layers(model).items()]
+    flags = [m.training for m in model.modules()]
+    with torch.no_grad():
+        model.eval()(probe)
+    for module, flag in zip(model.modules(), flags, strict=True):
+        module.training = flag
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def shapes(model: nn.Module, axis: str) -> dict:
+    return {name: (layer, layer.num_channels(axis)) for name, layer in sb.layers(model).items()}
+
+
+def edit(model: nn.Module, seed: int) -> None:
+    """Change every weight, as training does."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in sb.layers(model).values():
+        with torch.no_grad():
+            layer.weight.add_(0.05 * torch.randn(layer.weight.shape, generator=generator))
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_measurement_equals_a_plain_cosine(model, axis):
+    probe, meter = torch.randn(4, 3, 5, 5), ResponseMeter()
+    first = meter.measure(model, shapes(model, axis), axis, probe)
+    assert all(bool((phi == 1).all()) for phi in first.values())
+    before = captured(model, axis, probe)
+    for seed in (1, 2):
+        edit(model, seed)
+        after = captured(model, axis, probe)
+        phi = meter.measure(model, shapes(model, axis), axis, probe)
+        for name in before:
+            want = torch.cosine_similarity(after[name], before[name], dim=-1).mean(0)
+            torch.testing.assert_close(phi[name], want, rtol=0, atol=1e-6, msg=name)
+        assert before["hidden"].shape[0] == 2  # two calls are two samples
+        assert bool((phi["unused"] == 1).all()) and meter.unmeasured == ("unused",)
+        before = after
+
+
+def test_an_unchanged_model_has_no_velocity(model):
+    probe, meter = torch.randn(2, 3, 5, 5), ResponseMeter()
+    for _ in range(3):
+        phi = meter.measure(model, shapes(model, "out"), "out", probe)
+    assert all(bool((values == 1).all()) for values in phi.values())
+
+
+def test_dead_channels(model):
+    """Both zero: 1. One zero: 0."""
+    probe, meter = torch.randn(2, 3, 5, 5), ResponseMeter()
+    weight, bias = model.conv.weight, model.conv.bias
+    with torch.no_grad():
+        weight[:2] = 0
+        bias[:2] = 0
+    meter.measure(model, shapes(model, "out"), "out", probe)
+    with torch.no_grad():
+        weight[1] = 1
+        weight[2] = 0
+        bias[2] = 0
+    phi = meter.measure(model, shapes(model, "out"), "out", probe)
+    assert phi["conv"][:3].tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64],
+)
+def test_storage_dtypes(model, dtype):
+    """Rounding a vector by a share u turns it by an angle of u at most, and its cosine changes by no more."""
+    probe, exact, small = torch.randn(2, 3, 5, 5), ResponseMeter(torch.float64), ResponseMeter(dtype)
+    for seed in (1, 2):
+        edit(model, seed)
+        want, got = (meter.measure(model, shapes(model, "out"), "out", probe) for meter in (exact, small))
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=1.01 * torch.finfo(dtype).eps / 2)
+    elements = 2 * 6 * 25 * 2 + 2 * 25 * 8 + 2 * 2 * 8
+    assert small.bytes == elements * torch.empty((), dtype=dtype).element_size()
+    with pytest.raises(ValueError, match="storage"):
+        ResponseMeter(torch.int8)
+
+
+def test_hooks_are_removed_and_flags_restored(model):
+    model.train()
+    model.norm.eval()
+    flags = {name: module.training for name, module in model.named_modules()}
+    statistics = copy.deepcopy(dict(model.norm.named_buffers()))
+    ResponseMeter().measure(model, shapes(model, "in"), "in", torch.randn(2, 3, 5, 5))
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    for name, buffer in model.norm.named_buffers():
+        assert torch.equal(buffer, statistics[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_failing_forward_leaves_no_hooks(model):
+    model.train()
+    meter = ResponseMeter()
+    with pytest.raises(RuntimeError):
+        meter.measure(model, shapes(model, "out"), "out", torch.randn(2, 5, 5, 5))
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="half-way"):
+        meter.measure(model, shapes(model, "out"), "out", torch.randn(2, 3, 5, 5))
+    with pytest.raises(ValueError, match="half-way"):
+        meter.state_dict()
+
+
+def test_evaluating_calls_the_users_train():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modes: list[bool] = []
+
+        def train(self, mode: bool = True):
+            self.modes.append(mode)
+            return super().train(mode)
+
+    own = Own()
+    with evaluating(own):
+        assert not own.training
+    assert own.training and own.modes == [False, True]
+
+
+def test_measurement_refuses(model):
+    channels, probe = shapes(model, "out"), torch.randn(2, 3, 5, 5)
+    meter = ResponseMeter()
+    meter.measure(model, channels, "out", probe)
+    with pytest.raises(ValueError, match=r"'conv'.*\(3, 6, 5, 5\).*\(2, 6, 5, 5\)"):
+        meter.measure(model, channels, "out", torch.randn(3, 3, 5, 5))
+    with pytest.raises(ValueError, match="'conv' gave 6 channels"):
+        ResponseMeter().measure(model, {"conv": (model.conv, 7)}, "out", probe)
+    with pytest.raises(ValueError, match=r"'conv'.*float16|'conv'.*dtype"):
+        ResponseMeter(torch.float16).measure(model, channels, "out", probe * 1e7)
+    with pytest.raises(ValueError, match="diverged"):
+        ResponseMeter().measure(model, channels, "out", probe * float("nan"))
+
+
+@pytest.mark.parametrize("probe", ["tensor", "tuple", "list", "dict"])
+def test_kinds_of_probe(probe):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
+            return self.head(self.a(x * scale))
+
+    net = Two()
+    sb.convert(net)
+    x, scale = torch.randn(5, 3), torch.tensor(2.0)
+    given = {"tensor": x, "tuple": (x, scale), "list": [x, 2.0], "dict": {"x": x, "scale": scale}}[probe]
+    meter = ResponseMeter()
+    meter.measure(net, {"a": (net.a, 3)}, "in", given)
+    torch.testing.assert_close(meter.kept["a"][0][0].t(), x if probe == "tensor" else 2 * x)
