@@ -1,0 +1,264 @@
+"""The fine-tuning loop: batches, selections, evaluations, checkpoints; it can stop at any step and go on later."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections import deque
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sparse_bwd as sb
+from sparse_bwd.selection.policy import Policy
+from sparse_bwd.training import seeding, state
+from sparse_bwd.training.checkpoint import save_checkpoint
+from sparse_bwd.training.display import Display
+from sparse_bwd.training.errors import Diverged, Stopped
+from sparse_bwd.training.evaluate import Accuracy, measure_accuracy
+from sparse_bwd.training.loader import in_order
+from sparse_bwd.training.log import JsonLog
+from sparse_bwd.training.prepare import Prepared, sentences
+
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+# Step times that the median is taken over: the last ones, so that warm-up of caches does not count.
+_TIMED_STEPS = 512
+
+
+class Trainer:
+    """One run. `start` or `resume`, then `run`; afterwards `model` is trained and `history` has a row per epoch.
+
+    `epoch` counts finished epochs and `batch` the steps of the current one, so both say where to go on.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared, self.config, self.recipe = prepared, prepared.config, prepared.config.recipe
+        self.model, self.policy = prepared.model, prepared.policy
+        self.device = next(prepared.model.parameters()).device
+        self.out = prepared.runtime.out
+        self.epoch = self.batch = 0
+        self.seen = Accuracy()
+        self.history: list[dict[str, Any]] = []
+        self.step_ms: deque[float] = deque(maxlen=_TIMED_STEPS)
+        self.saved_at = time.monotonic()
+        self.stop_signal: int | None = None
+        self.optimizer: torch.optim.Optimizer
+        self.log: JsonLog
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.epoch * self.prepared.loader.batches_per_epoch + self.batch
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.recipe.epochs
+
+    def start(self) -> None:
+        """Selects for the first epoch and writes the first checkpoint."""
+        torch.manual_seed(seeding.derive(self.config.seed, "train"))
+        with sentences():
+            self.policy.step()
+            self.optimizer = self._make_optimizer()
+        self.log = JsonLog(self.out / LOG)
+        about = {"notes": self.prepared.notes, "command": self.prepared.runtime.command}
+        self.log.write("start", config=self.config.to_json(), **about)
+        self._log_selection()
+        self.save()
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Takes over what `save` wrote."""
+        with sentences():
+            state.revive_model(self.model, self.policy, saved)
+        self.optimizer = self._make_optimizer()
+        state.revive_optimizer(self.optimizer, self.model, saved["optimizer"])
+        self.epoch, self.batch = saved["epoch"], saved["batch"]
+        self.seen, self.history = Accuracy(*saved["seen"]), saved["history"]
+        self.step_ms.extend(saved["step_ms"])
+        self.log = JsonLog(self.out / LOG, saved["log_bytes"])
+        self.log.write("resume", epoch=self.epoch, batch=self.batch)
+        state.revive_random(saved["random"])
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            sb.trainable_parameters(self.model),
+            lr=self.recipe.lr,
+            momentum=self.recipe.momentum,
+            weight_decay=self.recipe.weight_decay,
+        )
+
+    def run(self, display: Display) -> None:
+        """Trains to the end. Stopped after Ctrl-C or SIGTERM; Diverged or UserError with the last checkpoint intact."""
+        handlers = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            while not self.finished:
+                self._train_epoch(display)
+                self._finish_epoch(display)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # The step that is running is finished first: between two steps a checkpoint is exact. Who asks twice is in a
+        # hurry: the checkpoint before this one then has to do.
+        if self.stop_signal is not None:
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+    def _train_epoch(self, display: Display) -> None:
+        self.model.train()
+        loader = self.prepared.loader
+        began, before = time.perf_counter(), self.seen.count
+        for images, targets in loader.epoch(self.epoch, self.batch):
+            self._train_step(images, targets)
+            self.batch += 1
+            speed = (self.seen.count - before) / (time.perf_counter() - began)
+            title = f"epoch {self.epoch + 1}/{self.recipe.epochs}"
+            display.step(title, self.seen.loss, self.seen.top1, speed, self.device)
+            self._pause()
+
+    def _train_step(self, images: Tensor, targets: Tensor) -> None:
+        began = time.perf_counter()
+        inputs = self.config.preprocessing.normalise(images.to(self.device, non_blocking=True))
+        if self.config.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        targets = targets.to(self.device, non_blocking=True)
+        rate = self.recipe.learning_rate(self.step, self.prepared.loader.batches_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        outputs = self.model(inputs)
+        loss = nn.functional.cross_entropy(outputs, targets)
+        self._refuse(loss, "loss")
+        loss.backward()
+        if self.recipe.clip_norm:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self._refuse(nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm), "gradient")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.seen.add(outputs.detach(), targets, loss.item())
+        self.step_ms.append(1000 * (time.perf_counter() - began))
+
+    def _refuse(self, value: Tensor, what: str) -> None:
+        """Diverged unless `value` is finite."""
+        if math.isfinite(value.item()):
+            return
+        raise Diverged(
+            f"Training diverged: the {what} became {value.item()} at step {self.step + 1} (epoch {self.epoch + 1}), so "
+            f"the run has stopped; lower --lr (now {self.recipe.lr:g}). {self.out / CHECKPOINT} holds the last state "
+            "that was saved before."
+        )
+
+    def _pause(self) -> None:
+        """Between two steps: stop if asked to, write a checkpoint if one is due."""
+        if self.stop_signal is not None:
+            self._stop()
+        minutes, steps = self.prepared.runtime.checkpoint_minutes, self.prepared.runtime.checkpoint_steps
+        late = bool(minutes) and time.monotonic() - self.saved_at >= 60 * float(minutes or 0)
+        if late or (steps and self.step % steps == 0):
+            self.save()
+
+    def _stop(self) -> None:
+        assert self.stop_signal is not None
+        self.save()
+        raise Stopped(
+            f"Stopped at epoch {self.epoch + 1}, step {self.batch}; to go on: "
+            f"sparse-bwd finetune --resume --out {self.out}",
+            self.stop_signal,
+        )
+
+    def _finish_epoch(self, display: Display) -> None:
+        """Evaluates, logs, selects for the next epoch and writes a checkpoint."""
+        row: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "train_loss": self.seen.loss,
+            "train_accuracy": self.seen.top1,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        last = self.epoch + 1 == self.recipe.epochs
+        if last or (self.epoch + 1) % self.recipe.eval_every == 0:
+            tested = self._evaluate()
+            row |= {"test_loss": tested.loss, "test_accuracy": tested.top1}
+        row |= selection_row(self.policy)
+        self.history.append(row)
+        self.log.write("epoch", **row)
+        display.say(epoch_line(row, self.recipe.epochs))
+        if not last:
+            with sentences():
+                self.policy.step(self.optimizer)
+            self._log_selection()
+        self.epoch, self.batch, self.seen = self.epoch + 1, 0, Accuracy()
+        self.save()
+        if self.stop_signal is not None and not self.finished:
+            self._stop()
+
+    def _evaluate(self) -> Accuracy:
+        def between() -> None:
+            if self.stop_signal is not None:
+                self._stop()
+
+        runtime, config = self.prepared.runtime, self.config
+        size = 2 * self.recipe.batch_size
+        loader = in_order(self.prepared.test, config.preprocessing.evaluation(), size, runtime.workers)
+        return measure_accuracy(self.model, loader, config.preprocessing, config.channels_last, between)
+
+    def _log_selection(self) -> None:
+        self.log.write(
+            "selection", for_epoch=self.epoch + 1 + bool(self.history), **selection_row(self.policy)
+        )
+
+    def save(self) -> None:
+        """Writes a checkpoint of this very moment, atomically. Diverged if a trained value is not finite."""
+        for name, parameter in state.named_trainable(self.model).items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise Diverged(
+                    f"Training diverged: {name} is no longer finite at step {self.step}, so the run has stopped; "
+                    f"lower --lr (now {self.recipe.lr:g}). {self.out / CHECKPOINT} holds the last state that was "
+                    "saved before."
+                )
+        self.log.sync()
+        save_checkpoint(self.out / CHECKPOINT, self._state())
+        self.saved_at = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_json(),
+            "classes": self.prepared.classes,
+            "data": self.prepared.fingerprint,
+            "machine": machine(self.device),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seen": self.seen.to_json(),
+            "history": self.history,
+            "step_ms": list(self.step_ms),
+            "log_bytes": self.log.size,
+            "optimizer": state.capture_optimizer(self.optimizer, self.model),
+            "random": state.capture_random(),
+            **state.capture_model(self.model, self.policy),
+        }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the bits of a result depend on besides the configuration."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def selection_row(policy: Policy) -> dict[str, Any]:
+    """What is trained now: budget, true cost in weights, channels, layers."""
+    assert policy.selection is not None
+    spent = dataclasses.asdict(policy.selection.summary(policy.model))
+    return {"budget": policy.budget, "total": policy.table.total, **spent}
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """One epoch for people."""
+    tested = f", test accuracy {row['test_accuracy']:.2%}" if "test_accuracy" in row else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, train accuracy "
+        f"{row['train_accuracy']:.2%}{tested}; trained {row['cost']:,} weights in {row['channels']:,} channels of "
+        f"{row['layers']} layers"
+    )
