@@ -28,7 +28,7 @@ ALL = [
     lambda m, p, axis: sb.RandomPolicy(m, sb.Budget(fraction=0.3), axis=axis),
     lambda m, p, axis: sb.FullPolicy(m, axis=axis),
     lambda m, p, axis: sb.FrozenPolicy(m, axis=axis),
-    lambda m, p, axis: sb.SparseUpdatePolicy(m, Scheme("own", 3, 2, (0, 2), (0.5, 0.25)), axis=axis),
+    lambda m, p, axis: sb.SparseUpdatePolicy(m, Scheme("own", 3, 3, (0, 2), (0.5, 0.25)), axis=axis),
 ]
 
 

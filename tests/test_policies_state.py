@@ -42,7 +42,7 @@ RESUMED = {
     "full": lambda m, p: sb.FullPolicy(m),
     "frozen": lambda m, p: sb.FrozenPolicy(m),
     "scheme": lambda m, p: sb.SparseUpdatePolicy(
-        m, Scheme("own", 3, 2, (0, 2), (0.5, 0.25)), criterion="random"
+        m, Scheme("own", 3, 3, (0, 2), (0.5, 0.25)), criterion="random"
     ),
 }
 

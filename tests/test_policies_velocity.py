@@ -73,10 +73,14 @@ def test_velocity_first_selection(model, probe):
 
 def test_parity_drops_ties(model, probe):
     """With nothing trained all velocities are zero, and the first rejected channel ties with all."""
-    for parity, some in ((False, True), (True, False)):
+    for parity in (False, True):
         policy = sb.VelocityPolicy(model, sb.Budget(fraction=0.3), probe, parity=parity)
         policy.step()
-        assert bool(policy.step()) is some
+        if parity:
+            with pytest.warns(UserWarning, match="ties with one that does not fit"):
+                assert not policy.step()
+        else:
+            assert policy.step()
     rows = greedy_prefix(torch.tensor([2.0, 1.0, 1.0, 1.0]), torch.tensor([1, 1, 1, 1]), 2, parity=True)
     assert rows.tolist() == [0]
 
@@ -148,3 +152,23 @@ def test_velocity_on_mobilenet_v2_in_its_chains():
         torch.testing.assert_close(policy.meter.kept[name][0], output, rtol=1e-3, atol=1e-4)
     assert policy.velocity_bytes == sum(output.numel() * 4 for output in found.values())
     assert 192_311 - 960 <= policy.report.cost <= 192_311
+
+
+def test_layers_that_the_probe_does_not_call_are_reported(probe):
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.used(x).mean((2, 3)))
+
+    net = Unused()
+    sb.convert(net)
+    policy = sb.VelocityPolicy(net, sb.Budget(params=12), probe)
+    for _ in range(2):
+        policy.step()
+        assert policy.report.unmeasured == ("unused",)
+        assert "1 layers not called by the probe" in str(policy.report)
+        train(net, 0)
+    assert list(policy.selection) == ["used"]  # the other layer has no velocity
