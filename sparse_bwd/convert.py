@@ -33,6 +33,7 @@ _WEIGHTED: dict[type[nn.Module], type[CompactLayer]] = {
     nn.BatchNorm2d: affine_act.BatchNorm2d,
 }
 _LEAN: dict[type[nn.Module], type[nn.Module]] = {**_STATELESS, **_WEIGHTED}
+_CANDIDATES: tuple[type[nn.Module], ...] = tuple(_LEAN)
 _STOCK: dict[type[nn.Module], type[nn.Module]] = {lean: stock for stock, lean in _LEAN.items()}
 
 
@@ -92,7 +93,7 @@ def convert(
     inside = {m for name in report.always_trained for m in model.get_submodule(name).modules()}
     reasons = _reasons(model)
     for name, module in model.named_modules():
-        if module in inside or not isinstance(module, tuple(_LEAN)):
+        if module in inside or not isinstance(module, _CANDIDATES):
             continue
         reason = reasons.get(module) or _own_reason(module, batch_norm)
         if reason:
@@ -122,18 +123,19 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, CompactLayer):
             module._strip_compact()
-            module.__class__ = _STOCK[type(module)]
-        elif isinstance(module, Chain) and "_stock_class" in module.__dict__:
-            module.__class__ = module.__dict__.pop("_stock_class")
-        elif type(module) in _STOCK:
-            module.__class__ = _STOCK[type(module)]
+        stock: type[nn.Module] | None = _STOCK.get(type(module))
+        if isinstance(module, Chain):
+            stock = module.__dict__.pop("_stock_class", None)
+        if stock is not None:
+            module.__class__ = stock
     return model
 
 
 def _swap(module: nn.Module, batch_norm: str) -> str:
     """Change the module's class; returns its kind."""
     stock = type(module)
-    module.__class__ = _LEAN[stock]
+    lean: type[nn.Module] = _LEAN[stock]
+    module.__class__ = lean
     if isinstance(module, affine_act.BatchNorm2d):
         module._convert(batch_norm)
     elif isinstance(module, SparseConv2d | SparseLinear):

@@ -16,7 +16,7 @@ from sparse_bwd.ops.backend import register
 
 def _channel_view(full: Tensor, groups: int) -> Tensor:
     """A weight [C_out, C_in/g, kh, kw] of g > 1 groups, viewed as [g, C_in/g, C_out/g, kh, kw]."""
-    view: Tensor = full.unflatten(0, (groups, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
+    view: Tensor = full.unflatten(0, (groups, -1)).transpose(1, 2)
     return view
 
 
