@@ -202,7 +202,8 @@ def page(record: dict[str, Any]) -> str:
     parts = [
         f"# {record['title']}", table(record), "\n".join(f"- {text}" for text in record["about"]), "\n".join(hashes),
         f"Measured at commit {record['commit']} on {record['device']}, {record['threads']} threads; {versions}. "
-        "Peak: third step, above what was alive before it. Weights outside the budget (classifier, norm shifts) are not counted.",
+        "Peak: third step, above what was alive before it. "
+        "Weights outside the budget (classifier, norm shifts) are not counted.",
         "Warnings of the runs:\n\n" + ("\n".join(warnings) or "none"),
         "```\n" + "\n".join(commands) + "\n```",
     ]  # fmt: skip
