@@ -239,14 +239,16 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
         self._index = placed if has_shift else torch.zeros(0, dtype=torch.int64)
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, [C] each, of the norm on its running statistics."""
+        """Scale and shift, [C] each in float32 or float64, of the norm on its running statistics."""
         self.synchronise()
         assert self.running_mean is not None and self.running_var is not None
+        # In float32 at least, as PyTorch's own: a half-precision variance loses the difference that eps makes.
+        wide = torch.promote_types(self.running_var.dtype, torch.float32)
         with torch.no_grad():
-            scale = torch.rsqrt(self.running_var + self.eps)
+            scale = torch.rsqrt(self.running_var.to(wide) + self.eps)
             weight, bias = self._parameters["weight"], self._parameters["bias"]
             if weight is not None:
-                scale = scale.to(weight.dtype) * weight
+                scale = scale * weight
             shift = -self.running_mean * scale
             return scale, shift if bias is None else shift + bias
 
