@@ -129,10 +129,10 @@ class LeanActivation(nn.Module):
     def activation(self) -> Activation:
         raise TypeError(f"{type(self).__name__} names no activation.")
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return affine_act(x, None, None, self.activation, self.inplace)
-        return super().forward(x)  # type: ignore[no-any-return]
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and input.requires_grad:
+            return affine_act(input, None, None, self.activation, self.inplace)
+        return super().forward(input)  # type: ignore[no-any-return]
 
 
 class ReLU(LeanActivation, nn.ReLU):
@@ -264,14 +264,11 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
         rows = None if slot is None else slot.index
         return affine_act(x, scale, shift, act, inplace, self._parameters["trainable_bias"], rows)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if not self.on_running_statistics:
-            return self._stock_forward(x)
-        self._check_input_dim(x)
-        return self.affine_act(x, IDENTITY, inplace=False)
-
-    def _stock_forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+            return super().forward(input)
+        self._check_input_dim(input)
+        return self.affine_act(input, IDENTITY, inplace=False)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode}"

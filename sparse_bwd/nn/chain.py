@@ -61,7 +61,7 @@ class Chain(nn.Sequential):
     `convert` turns every Sequential with such neighbours into a Chain and remembers its class for `restore`.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         modules = list(self)
         at = 0
         while at < len(modules):
@@ -69,12 +69,12 @@ class Chain(nn.Sequential):
             run = modules[at : at + length]
             seen = any(getattr(_module, name) for name in _GLOBAL_HOOKS) or any(_watched(m) for m in run)
             if length == 1 or seen:
-                x = modules[at](x)
+                input = modules[at](input)
                 at += 1
             else:
-                x = _run(run, x)
+                input = _run(run, input)
                 at += length
-        return x
+        return input
 
 
 def _run(run: list[nn.Module], x: Tensor) -> Tensor:

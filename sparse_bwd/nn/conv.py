@@ -160,7 +160,10 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
         place_selection(
             self, chosen, axis, bias, 0 if axis == "out" else 1, self.groups if axis == "in" else 1
         )
-        self._plan = plan
+        # The plan shares the layer's own index where it can, so that backward keeps one vector and not two.
+        keep = self._index if plan.keep is chosen else plan.keep
+        rows = self._index if plan.rows is chosen else plan.rows
+        self._plan = plan._replace(keep=keep, rows=rows)
         self._move_index(self._full("weight").device)
 
     def _move_index(self, device: torch.device) -> None:
@@ -169,13 +172,13 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
         keep, spread, rows, pick = (None if v is None else v.to(device) for v in vectors)
         self._plan = Plan(keep, spread, rows, pick, groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
         self.synchronise()
         plan, bias_slot = self._plan, self._slots.get("bias")
         y: Tensor = Conv2dFunction.apply(
-            autocast_input(x), self._parameters["weight"], self._parameters["bias"],
+            autocast_input(input), self._parameters["weight"], self._parameters["bias"],
             self._parameters["trainable_weight"], self._parameters["trainable_bias"], *plan[:4],
             None if bias_slot is None else bias_slot.index, self._geometry,
             (plan.groups, self.axis == "in" and self.groups > 1),

@@ -118,14 +118,14 @@ class SparseLinear(CompactLayer, nn.Linear):
         chosen = as_index(index, self.num_channels(axis), f"SparseLinear, axis '{axis}',")
         place_selection(self, chosen, axis, bias, 0 if axis == "out" else 1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         self.synchronise()
         weight, bias = self._parameters["weight"], self._parameters["bias"]
-        x = autocast_input(x)
+        input = autocast_input(input)
         slot, bias_slot = self._slots.get("weight"), self._slots.get("bias")
         index = None if slot is None else slot.index
         y: Tensor = LinearFunction.apply(
-            x, weight, bias, self._parameters["trainable_weight"], self._parameters["trainable_bias"],
+            input, weight, bias, self._parameters["trainable_weight"], self._parameters["trainable_bias"],
             index if self.axis == "in" else None, index if self.axis == "out" else None,
             None if bias_slot is None else bias_slot.index,
         )  # fmt: skip

@@ -39,12 +39,12 @@ class MaxPool2dFunction(torch.autograd.Function):
 class MaxPool2d(nn.MaxPool2d):
     """`torch.nn.MaxPool2d` that keeps Y bytes; stock where indices are returned or a window has over 256 elements."""
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, input: Tensor) -> Any:
         kernel, stride = _pair(self.kernel_size), _pair(self.stride)
-        lean = torch.is_grad_enabled() and x.requires_grad and kernel[0] * kernel[1] <= 256
-        if not lean or self.return_indices or x.dim() not in (3, 4) or x.numel() == 0:
-            return super().forward(x)
+        lean = torch.is_grad_enabled() and input.requires_grad and kernel[0] * kernel[1] <= 256
+        if not lean or self.return_indices or input.dim() not in (3, 4) or input.numel() == 0:
+            return super().forward(input)
         window = (kernel, stride, _pair(self.padding), _pair(self.dilation), self.ceil_mode)
-        batch = x if x.dim() == 4 else x.unsqueeze(0)
+        batch = input if input.dim() == 4 else input.unsqueeze(0)
         y = MaxPool2dFunction.apply(batch, window)[0]
-        return y if x.dim() == 4 else y.squeeze(0)
+        return y if input.dim() == 4 else y.squeeze(0)

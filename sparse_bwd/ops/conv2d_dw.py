@@ -56,7 +56,9 @@ def make_plan(index: Tensor | None, axis: str, c_in: int, c_out: int, groups: in
     positions, pick = _even(index, group, touched)
     if axis == "out":
         keep = (touched[:, None] * per_in + torch.arange(per_in)).flatten() if len(touched) < groups else None
-        return Plan(keep, None, index[positions], pick, len(touched))
+        return Plan(
+            keep, None, index if len(positions) == len(index) else index[positions], pick, len(touched)
+        )
     rows = (touched[:, None] * per_out + torch.arange(per_out)).flatten() if len(touched) < groups else None
     identity = len(positions) == len(index)
     return Plan(index, None if identity else positions, rows, pick, len(touched))

@@ -42,7 +42,7 @@ def apply(
     wanted = selection if isinstance(selection, Selection) else Selection(selection)
     wanted.validate(model)
     compact: dict[str, CompactLayer] = {**layers(model), **norms(model)}
-    _refuse_pending(compact)
+    refuse_pending(compact)
     for name, layer in compact.items():
         before = {n: (layer._parameters[t], layer._slots.get(n)) for n, t in TRAINABLE.items()}
         _select(layer, wanted.get(name))
@@ -65,7 +65,7 @@ def _select(layer: CompactLayer, channels: Channels | None) -> None:
             layer.set_channels([], bias="none")
 
 
-def _refuse_pending(compact: dict[str, CompactLayer]) -> None:
+def refuse_pending(compact: dict[str, CompactLayer]) -> None:
     """Refuse in the middle of an accumulation window: gradients of the old selection would be lost."""
     for name, layer in compact.items():
         for trainable in TRAINABLE.values():

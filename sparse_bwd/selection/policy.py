@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparse_bwd.nn import layers, norms
-from sparse_bwd.selection.apply import _refuse_pending, apply
+from sparse_bwd.selection.apply import apply, refuse_pending
 from sparse_bwd.selection.budget import Budget
 from sparse_bwd.selection.costs import cost_table, prefix_length
 from sparse_bwd.selection.selection import BIAS_MODES, Selection
@@ -89,7 +89,7 @@ class Policy:
         anything is measured or drawn.
         """
         self._check_model()
-        _refuse_pending({**layers(self.model), **norms(self.model)})
+        refuse_pending({**layers(self.model), **norms(self.model)})
         selection = self._choose()
         apply(self.model, selection, optimizer)
         self.selection, self.steps = selection, self.steps + 1
