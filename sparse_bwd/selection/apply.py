@@ -109,6 +109,7 @@ def _migrate(
         carried = _carry(state, old, old_slot, new, slot, f"{name}.{TRAINABLE[kind]}")
         if carried:
             optimizer.state[new] = carried
+    _start_fused_momentum(optimizer, new)
 
 
 def _find(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[int, int] | None:
@@ -142,6 +143,16 @@ def _insert(
         found = None if full is None else _find(optimizer, full)
         where = last.get(kind, last.get("weight", found[0] if found else 0))
     optimizer.param_groups[min(where, len(optimizer.param_groups) - 1)]["params"].append(new)
+
+
+def _start_fused_momentum(optimizer: torch.optim.Optimizer, new: nn.Parameter) -> None:
+    """Give a new Parameter a momentum of zero where fused SGD would refuse some with and some without."""
+    place = _find(optimizer, new)
+    group = optimizer.param_groups[place[0]] if place else {}
+    if not isinstance(optimizer, torch.optim.SGD) or not group.get("fused") or new in optimizer.state:
+        return
+    if any("momentum_buffer" in optimizer.state.get(p, {}) for p in group["params"]):
+        optimizer.state[new] = {"momentum_buffer": torch.zeros_like(new)}
 
 
 def _carry(
