@@ -1,6 +1,6 @@
 """Where every byte goes: saved bytes, peak bytes, a timeline, prediction without computing, explanation."""
 
-from .peak import Peak, peak_bytes, step_peak
+from .peak import Peak, peak_bytes, resident_bytes, step_peak
 from .predict import Prediction, predict
 from .saved import Kept, SavedTensors, saved_bytes, saved_storages
 from .timeline import Timeline, timeline
@@ -12,6 +12,7 @@ __all__ = [
     "Kept",
     "peak_bytes",
     "step_peak",
+    "resident_bytes",
     "Peak",
     "predict",
     "Prediction",

@@ -2,8 +2,8 @@
 
 A copy of the model on fake tensors (shapes and strides, no data) gets the selection and runs two whole steps. Saved
 bytes are counted as `saved_bytes` counts them and equal the measured ones. Peak and transient follow the life of every
-fake storage; they are estimates: what one operator allocates and frees inside itself is not seen, except PyTorch's
-reorders around a CPU convolution that is not in channels_last, which are added as the size of its input and output.
+fake storage; they are estimates: what one operator allocates and frees inside itself is not seen, and is added for CPU
+convolutions from a rule (`scratch.py`).
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .events import Event
 from .saved import SavedTensors, storage_key
+from .scratch import scratch_bytes
 from .timeline import Timeline, stack, state_tensors, unique_bytes
 
 Optimizer = torch.optim.Optimizer
@@ -102,9 +103,15 @@ def fake_copy(model: nn.Module) -> tuple[nn.Module, Any]:
     """A copy of the model whose parameters and buffers hold no data, and the fake mode that it lives in."""
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # index vectors of a selection stay real
+    # Indices of a selection stay real, the model's own: they are small, only read, and their values are needed.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    attributes = [
+        {key: value for key, value in module.__dict__.items() if key not in ("_parameters", "_buffers", "_modules")}
+        for module in model.modules()
+    ]
+    indices = {id(tensor): tensor for tensor in _tensors(attributes) if tensor.dtype is torch.int64}
     with FakeCopyMode(mode):
-        return copy.deepcopy(model), mode
+        return copy.deepcopy(model, dict(indices)), mode
 
 
 class _Run:
@@ -186,12 +193,12 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {storage_key(tensor) for tensor in _tensors((args, kwargs or {}))}
         result = func(*args, **(kwargs or {}))
-        reorder = _reorder_bytes(func, args)
+        scratch = scratch_bytes(func, args, result)
         for tensor in _tensors(result):
             if storage_key(tensor) not in known:
                 self._watch(tensor)
-        if reorder:
-            self._passing(reorder)
+        if scratch:
+            self._passing(scratch)
         return result
 
     def _watch(self, tensor: Tensor) -> None:
@@ -211,18 +218,6 @@ class _Allocations(TorchDispatchMode):
         """Memory that an operator takes inside itself and gives back."""
         self.events.append(Event(len(self.events), -1, size))
         self.events.append(Event(len(self.events), -1, -size))
-
-
-def _reorder_bytes(func: Any, args: Any) -> int:
-    """What PyTorch reorders inside a CPU convolution of tensors that are not in channels_last."""
-    aten = torch.ops.aten
-    if func not in (aten.convolution.default, aten.convolution_backward.default):
-        return 0
-    tensors = args[:2] if func is aten.convolution_backward.default else args[:1]
-    x = tensors[-1]
-    if x.device.type != "cpu" or x.dim() != 4 or x.is_contiguous(memory_format=torch.channels_last):
-        return 0
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _velocity_bytes(model: nn.Module, probe: Any, axis: str) -> int:
