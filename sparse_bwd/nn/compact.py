@@ -145,8 +145,8 @@ class CompactLayer(nn.Module):
                 with torch.no_grad():
                     parameter = nn.Parameter(read_slices(self._full(name), new.index, new.dim, new.groups))
             self._parameters[trainable] = parameter
-        self._slots = slots
-        self._synced = {}
+        self._slots, self._synced = slots, {}
+        self._record(slots)
 
     # Full and compact tensors
 
@@ -181,14 +181,20 @@ class CompactLayer(nn.Module):
             full, part = self._full(name), self._parameters[TRAINABLE[name]]
             if part is None:
                 continue
-            if torch.compiler.is_compiling():
-                _write(full, part, slot)
-                continue
-            if self._edited(name, full, part):
+            if not torch.compiler.is_compiling() and self._edited(name, full, part):
                 part.copy_(read_slices(full, slot.index, slot.dim, slot.groups))
             else:
                 _write(full, part, slot)
-            self._synced[name] = _Synced(full, full._version, part, part._version)
+        self._record(self._slots)
+
+    def _record(self, names: Iterable[str]) -> None:
+        """Note that the named full tensors and their compact Parameters agree now."""
+        if torch.compiler.is_compiling():  # a graph cannot read version counters
+            return
+        for name in names:
+            full, part = self._full(name), self._parameters[TRAINABLE[name]]
+            if part is not None:
+                self._synced[name] = _Synced(full, full._version, part, part._version)
 
     @torch.no_grad()
     def _refresh(self, names: Iterable[str]) -> None:
@@ -197,7 +203,7 @@ class CompactLayer(nn.Module):
             slot, part = self._slots.get(name), self._parameters.get(TRAINABLE[name])
             if slot is not None and part is not None:
                 part.copy_(read_slices(self._full(name), slot.index, slot.dim, slot.groups))
-                self._synced.pop(name, None)
+                self._record([name])
 
     # nn.Module's protocol
 
