@@ -208,3 +208,15 @@ def _own_reason(module: nn.Module, batch_norm: str) -> str | None:
     if isinstance(module, nn.BatchNorm2d) and batch_norm != "train" and module.running_mean is None:
         return f"it has no running statistics, which mode '{batch_norm}' needs"
     return None
+
+
+def reasons_to_skip(model: nn.Module) -> dict[str, str]:
+    """Name -> why a module that could be lean is not, in a model that was converted; lean modules are left out."""
+    reasons, found = _reasons(model), {}
+    for name, module in model.named_modules():
+        if not isinstance(module, _CANDIDATES) or type(module) in _STOCK:
+            continue
+        trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        rest = "trained whole, beside the selection (always_train)" if trained else "it was not converted"
+        found[name] = reasons.get(module) or _own_reason(module, "frozen") or rest
+    return found

@@ -72,14 +72,18 @@ def test_gradients_and_optimizer_state_are_exact(optimizer: str) -> None:
     made.step()
     state = [v for values in made.state.values() for v in values.values() if isinstance(v, Tensor)]
     prediction = predict(model, selection, x, optimizer=optimizer)
-    assert prediction.grads == sum(p.grad.nbytes for p in sb.trainable_parameters(target) if p.grad is not None)
+    assert prediction.grads == sum(
+        p.grad.nbytes for p in sb.trainable_parameters(target) if p.grad is not None
+    )
     assert prediction.optimizer == sum(value.nbytes for value in state)
 
 
 def test_own_optimizer_and_an_unknown_one() -> None:
     model, x = converted(), torch.randn(X)
     selection = share_of_channels(model, 0.5)
-    own = predict(model, selection, x, optimizer=lambda parameters: torch.optim.Adam(parameters, amsgrad=True))
+    own = predict(
+        model, selection, x, optimizer=lambda parameters: torch.optim.Adam(parameters, amsgrad=True)
+    )
     assert own.optimizer > predict(model, selection, x, optimizer="adam").optimizer
     with pytest.raises(ValueError, match="known are sgd, "):
         predict(model, selection, x, optimizer="sdg")
@@ -94,14 +98,17 @@ def test_velocity_is_what_the_policy_keeps() -> None:
     grown = resident_bytes() - before
     predicted = predict(model, None, torch.randn(X), probe=probe).velocity
     outputs = sum(shape.numel() for shape in output_shapes(model, probe)) * 4
-    assert predicted == outputs + 3 * 8 * sum(layer.num_channels("out") for layer in sb.layers(model).values())
+    assert predicted == outputs + 3 * 8 * sum(
+        layer.num_channels("out") for layer in sb.layers(model).values()
+    )
     assert grown >= outputs  # the policy's own books and the new selection come on top
 
 
 def output_shapes(model: nn.Module, x: Tensor) -> list[torch.Size]:
     shapes: list[torch.Size] = []
     handles = [
-        layer.register_forward_hook(lambda _m, _a, y: shapes.append(y.shape)) for layer in sb.layers(model).values()
+        layer.register_forward_hook(lambda _m, _a, y: shapes.append(y.shape))
+        for layer in sb.layers(model).values()
     ]
     with torch.no_grad():
         model(x)
@@ -130,7 +137,9 @@ def test_training_goes_on_after_a_prediction() -> None:
     predict(model, share_of_channels(model, 0.5), x)
     sb.apply(model, share_of_channels(model, 0.5))
     model(x).sum().backward()
-    assert all(type(p.grad) is Tensor and bool(p.grad.isfinite().all()) for p in sb.trainable_parameters(model))
+    assert all(
+        type(p.grad) is Tensor and bool(p.grad.isfinite().all()) for p in sb.trainable_parameters(model)
+    )
 
 
 def test_nothing_trained_costs_the_forward_only() -> None:
@@ -155,7 +164,9 @@ def test_inputs_may_be_several_and_outputs_too() -> None:
     sb.convert(model, always_train=[])
     left, right = torch.randn(5, 6), torch.randn(5, 6)
     for example in ((left, right), {"left": left, "right": right}):
-        assert predict(model, {"layer": [0]}, example).saved == 5 * 6 * 4 + 8  # the index serves weight and bias
+        assert (
+            predict(model, {"layer": [0]}, example).saved == 5 * 6 * 4 + 8
+        )  # the index serves weight and bias
 
 
 def test_an_output_without_floats_needs_a_loss() -> None:

@@ -1,5 +1,6 @@
 """Where every byte goes: saved bytes, peak bytes, a timeline, prediction without computing, explanation."""
 
+from .explain import Explanation, Row, explain
 from .peak import Peak, peak_bytes, resident_bytes, step_peak
 from .predict import Prediction, predict
 from .saved import Kept, SavedTensors, saved_bytes, saved_storages
@@ -14,6 +15,9 @@ __all__ = [
     "step_peak",
     "resident_bytes",
     "Peak",
+    "explain",
+    "Explanation",
+    "Row",
     "predict",
     "Prediction",
     "timeline",

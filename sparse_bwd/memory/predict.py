@@ -106,7 +106,11 @@ def fake_copy(model: nn.Module) -> tuple[nn.Module, Any]:
     # Indices of a selection stay real, the model's own: they are small, only read, and their values are needed.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     attributes = [
-        {key: value for key, value in module.__dict__.items() if key not in ("_parameters", "_buffers", "_modules")}
+        {
+            key: value
+            for key, value in module.__dict__.items()
+            if key not in ("_parameters", "_buffers", "_modules")
+        }
         for module in model.modules()
     ]
     indices = {id(tensor): tensor for tensor in _tensors(attributes) if tensor.dtype is torch.int64}

@@ -1,0 +1,171 @@
+"""Where the bytes of a forward go: which storage is kept, by which layers, and what would free it.
+
+The model runs once for real, with gradients. No hook is put on it (a hook would switch chains to their step-by-step
+path); the keeper of a tensor is the module whose forward is running when autograd saves it. Random state and buffers
+are what they were before.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .advice import how_to_free, why_dense
+from .predict import call
+from .saved import Kept, SavedTensors, calling_modules
+from .scratch import scratch_bytes
+
+MIB = 2**20
+OUTSIDE = "(outside the model)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One storage that is kept for backward.
+
+    keepers: names of the layers that keep it, "(model)" for the model's own forward; it is free only when all let go.
+    kinds: their classes; free: what would make each of them let go.
+    """
+
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    keepers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    free: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What is kept (`rows`, largest first), what stays dense and why, and what PyTorch reorders inside convolutions.
+
+    reorders: name -> bytes that the layer's convolution takes beside its result in forward because its input is not in
+    channels_last; they are in the peak, not in the saved bytes.
+    """
+
+    rows: tuple[Row, ...]
+    dense: Mapping[str, str]
+    reorders: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Saved bytes: equal to `saved_bytes(lambda: model(example))`."""
+        return sum(row.nbytes for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; sizes in bytes."""
+        return {
+            "total": self.total,
+            "rows": [asdict(row) for row in self.rows],
+            "dense": dict(self.dense),
+            "reorders": dict(self.reorders),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"kept for backward: {self.total / MIB:.2f} MiB in {len(self.rows)} storages"]
+        lines += _columns(
+            [("MiB", "shape", "dtype", "kept by", "freed by"), *(_cells(row) for row in self.rows)]
+        )
+        if self.dense:
+            lines += ["", "stays dense:", *(f"  {name}: {reason}" for name, reason in self.dense.items())]
+        if self.reorders:
+            name = max(self.reorders, key=lambda key: self.reorders[key])
+            lines += [
+                "",
+                f"{len(self.reorders)} convolutions reorder their tensors inside, at most "
+                f"{self.reorders[name] / MIB:.2f} MiB in {name}; it is in the peak, and channels_last avoids it: "
+                "model.to(memory_format=torch.channels_last).",
+            ]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, example: Any) -> Explanation:
+    """Explain what the forward of `example` keeps for backward; the total equals `saved_bytes` of the same forward.
+
+    Args:
+        model: converted or plain, in the mode (train or eval) that is asked about.
+        example: the model's input, or a tuple or mapping of inputs.
+    """
+    names = {module: name or "(model)" for name, module in model.named_modules()}
+    reorders = _Reorders(names)
+    with _unchanged(model), torch.enable_grad(), SavedTensors([model]) as saved, reorders:
+        output = call(model, example)
+    kept = [storage for storage in saved.storages() if not storage.constant]
+    rows = sorted((_row(storage, names) for storage in kept), key=lambda row: -row.nbytes)
+    used = {chain[0] for storage in kept for chain in storage.keepers if chain}
+    del output
+    return Explanation(tuple(rows), why_dense(model, used), reorders.found)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put random state and buffers (running statistics) back afterwards."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng(enabled=True):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+class _Reorders(TorchDispatchMode):
+    """Finds convolutions whose input is not in channels_last."""
+
+    def __init__(self, names: Mapping[nn.Module, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.found: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        convolution = func is torch.ops.aten.convolution.default
+        if convolution and not args[0].is_contiguous(memory_format=torch.channels_last):
+            running = calling_modules(2)
+            name = self.names.get(running[0], OUTSIDE) if running else OUTSIDE
+            self.found[name] = max(self.found.get(name, 0), scratch_bytes(func, args, result))
+        return result
+
+
+def _row(kept: Kept, names: Mapping[nn.Module, str]) -> Row:
+    keepers: dict[str, tuple[str, str]] = {}
+    for chain, dtype in zip(kept.keepers, kept.dtypes, strict=True):
+        module = chain[0] if chain else None
+        name = OUTSIDE if module is None else names.get(module, type(module).__name__)
+        kind = "" if module is None else type(module).__name__
+        keepers.setdefault(name, (kind, how_to_free(module, dtype)))
+    return Row(
+        nbytes=kept.nbytes,
+        shape=kept.shapes[0],
+        dtype=str(kept.dtypes[0]).removeprefix("torch."),
+        keepers=tuple(keepers),
+        kinds=tuple(kind for kind, _ in keepers.values()),
+        free=tuple(advice for _, advice in keepers.values()),
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shape = "x".join(str(size) for size in row.shape) or "scalar"
+    keepers = ", ".join(
+        f"{name} ({kind})" if kind else name for name, kind in zip(row.keepers, row.kinds, strict=True)
+    )
+    return f"{row.nbytes / MIB:.3f}", shape, row.dtype, keepers, "; and ".join(dict.fromkeys(row.free))
+
+
+def _columns(table: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]) - 1)]
+    return [
+        "  ".join(
+            [
+                line[0].rjust(widths[0]),
+                *(cell.ljust(width) for cell, width in zip(line[1:-1], widths[1:])),
+                line[-1],
+            ]
+        )
+        for line in table
+    ]
