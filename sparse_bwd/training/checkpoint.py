@@ -58,7 +58,12 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
             return {
                 key: _encode(item, f"{name}.{key}" if name else key, tensors) for key, item in value.items()
             }
-        return {_ITEMS: [[key, _encode(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
+        return {
+            _ITEMS: [
+                [_encode(key, name, tensors), _encode(item, f"{name}.{key}", tensors)]
+                for key, item in value.items()
+            ]
+        }
     if isinstance(value, (list, tuple)):
         items = [_encode(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]
         return {_TUPLE: items} if isinstance(value, tuple) else items
@@ -97,7 +102,7 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     if _TUPLE in value:
         return tuple(_decode(item, tensors) for item in value[_TUPLE])
     if _ITEMS in value:
-        return {key: _decode(item, tensors) for key, item in value[_ITEMS]}
+        return {_decode(key, tensors): _decode(item, tensors) for key, item in value[_ITEMS]}
     return {key: _decode(item, tensors) for key, item in value.items()}
 
 

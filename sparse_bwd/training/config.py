@@ -1,5 +1,6 @@
 """What a run is: everything that its result depends on, apart from the machine. It travels in the checkpoint."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -59,7 +60,9 @@ class RunConfig:
         return self.axis or ("in" if self.policy == "sparse-update" else "out")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain words, numbers, lists and dicts: equal to what comes back from a file."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunConfig":

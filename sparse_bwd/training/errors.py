@@ -33,9 +33,10 @@ def is_no_space(error: OSError) -> bool:
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that means nothing, with the nearest known names."""
     names = list(known)
-    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    by_lower = {known_name.lower(): known_name for known_name in names}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
     if near:
-        hint = "the nearest names are " + ", ".join(near)
+        hint = "the nearest names are " + ", ".join(by_lower[word] for word in near)
     else:
         hint = "known names are " + ", ".join(sorted(names)[:12]) + (", ..." if len(names) > 12 else "")
     return UserError(f"There is no {kind} called '{name}'; {hint}.")
