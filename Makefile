@@ -19,7 +19,7 @@ $(READY): pyproject.toml setup.py requirements/test.txt
 setup: $(READY)
 
 demo: $(READY)
-	$(BIN)/python benchmarks/demo.py --out demo-results
+	$(BIN)/python -m benchmarks.demo --out demo-results
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(JOBS) --cov --cov-report=term
@@ -42,10 +42,10 @@ build: $(READY)
 	$(BIN)/python -m build
 
 bench: $(READY)
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python -m benchmarks.step
 
 results: $(READY)
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf build dist *.egg-info demo-results .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The demo's network and data: a depthwise-separable network, and scikit-learn's digits split into old and new classes."""
+"""The demo's network and data: scikit-learn's digits, enlarged and split into old and new classes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Separable(nn.Module):
 
 
 def digit_network(classes: int = 5) -> nn.Sequential:
-    """13 convolutions, 48 thousand weights, for images [N, 1, 32, 32]."""
+    """13 convolutions, 48 thousand weights, for images [N, 1, 24, 24]."""
     stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
     sizes = [(16, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 128, 1)]
     blocks = [Separable(c_in, c_out, stride) for c_in, c_out, stride in sizes]
@@ -38,7 +38,7 @@ def digit_network(classes: int = 5) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Digits:
-    """Images [N, 1, 32, 32] in [-1, 1] and labels [N] of five digits, split into train and test by a seed."""
+    """Images [N, 1, 24, 24] in [-1, 1] and labels [N] of five digits, split into train and test by a seed."""
 
     x: Tensor
     y: Tensor
@@ -52,7 +52,7 @@ class Digits:
         images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
         labels = torch.tensor(data.target) - first
         images, labels = (t[(labels >= 0) & (labels < 5)] for t in (images, labels))
-        images = F.interpolate(images, size=(32, 32), mode="bilinear").contiguous(
+        images = F.interpolate(images, size=(24, 24), mode="bilinear").contiguous(
             memory_format=torch.channels_last
         )
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))

@@ -24,8 +24,8 @@ KINDS = {
 }
 # Marker and colour of each policy; the colours run from dark to light.
 POLICIES = {
-    "plain PyTorch, NCHW": ("s", "#000000"),
-    "plain PyTorch, channels_last": ("D", "#000000"),
+    "dense, NCHW": ("s", "#000000"),
+    "dense, channels_last": ("D", "#000000"),
     "full": ("o", "#440154"),
     "velocity": ("^", "#31688e"),
     "random": ("v", "#1f9e89"),
@@ -81,8 +81,8 @@ def _mark(panel: Any, row: Mapping[str, Any]) -> None:
     )
 
 
-def draw_timelines(timelines: Sequence[tuple[str, Mapping[str, Any]]], path: Path) -> None:
-    """Allocated bytes over one training step, stacked by kind: one panel per (title, `Timeline.to_dict()`).
+def draw_timelines(timelines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Allocated bytes over one training step, stacked by kind: one panel per `Timeline.to_dict()` with a title.
 
     Each step has its own time scale: the profiler slows short operations most, so that lengths would mislead.
     """
@@ -90,11 +90,13 @@ def draw_timelines(timelines: Sequence[tuple[str, Mapping[str, Any]]], path: Pat
         figure, panels = plt.subplots(
             1, len(timelines), sharex=True, sharey=True, figsize=(WIDTH_INCHES, 3.6)
         )
-        for panel, (title, timeline) in zip(panels, timelines, strict=True):
-            _stack(panel, title, timeline)
+        for panel, timeline in zip(panels, timelines, strict=True):
+            _stack(panel, timeline)
         panels[0].set_ylabel("allocated memory (MiB)")
-        panels[0].set_ylim(0, 1.12 * max(max(_total(timeline)) for _, timeline in timelines))
+        panels[0].set_ylim(0, 1.12 * max(max(_total(timeline)) for timeline in timelines))
         panels[0].set_xlim(0, 100)
+        panels[0].set_xticks([0, 25, 50, 75, 100])
+        figure.get_layout_engine().set(wspace=0.05)
         figure.supxlabel("one training step: forward, backward, optimizer step (% of its time)", fontsize=10)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(
@@ -113,7 +115,7 @@ def _total(timeline: Mapping[str, Any]) -> list[float]:
     return [sum(values) / MIB for values in zip(*timeline["bytes"].values(), strict=True)]
 
 
-def _stack(panel: Any, title: str, timeline: Mapping[str, Any]) -> None:
+def _stack(panel: Any, timeline: Mapping[str, Any]) -> None:
     at = [100 * ms / timeline["ms"][-1] for ms in timeline["ms"]]
     below = [0.0] * len(at)
     for kind, (label, colour, hatch) in KINDS.items():
@@ -140,7 +142,7 @@ def _stack(panel: Any, title: str, timeline: Mapping[str, Any]) -> None:
         ha="center",
         fontsize=9,
     )
-    panel.set_title(title)
+    panel.set_title(timeline["title"])
 
 
 def _save(figure: Any, path: Path) -> None:
