@@ -34,7 +34,7 @@ def _table() -> Tensor:
     """The eight flag bytes of each packed byte, as one 64-bit word: int64 [256]."""
     byte = torch.arange(256, dtype=torch.uint8)[:, None]
     flags = (byte >> torch.arange(8, dtype=torch.uint8)) & 1
-    return flags.contiguous().view(torch.int64).flatten()
+    return flags.view(torch.int64).flatten()
 
 
 # Made at import: a table cached at its first use could be a fake tensor, where that use was under torch.compile or in a
