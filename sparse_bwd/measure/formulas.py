@@ -4,7 +4,7 @@ e = bytes per element, X = elements of the input, Y = of the output, k of C chan
 
     Linear, Conv2d (groups = 1)   axis "out": e X                           axis "in": e X k / C_in
     grouped Conv2d                axis "out": e X (touched groups)/groups   axis "in": e X k / C_in
-    index of a selection          8 k
+    index of a selection          axis "out": 8 k                         axis "in": 0
     norm frozen or bias           one vector: e C
     norm train                    e X and two vectors
     ReLU, ReLU6, Hardtanh, LeakyReLU, Dropout   ceil(Y / 8)
@@ -71,11 +71,13 @@ def layer_bytes(
 
 @dataclass(frozen=True)
 class Expected:
-    """What one layer keeps: `own` bytes that nobody else keeps, and the number of a storage that it shares, if any.
+    """What one call of a layer keeps: `own` bytes that nobody else keeps, and the number of a storage that it shares.
 
-    `shared` is the storage of the layer's own input, kept whole (e X); several layers may keep the same one.
+    `shared` is the storage of the layer's own input, kept whole (e X; None = not kept); several layers may keep the
+    same one.
     """
 
+    name: str
     own: int
     shared: int | None = None
     shared_bytes: int = 0
@@ -87,8 +89,8 @@ def expected_bytes(
     example: Tensor,
     always_train: Iterable[str] = (),
     batch_norm: str = "frozen",
-) -> dict[str, Expected]:
-    """What each layer of a plain model keeps under `selection`, once the model is converted; see the module's table.
+) -> list[Expected]:
+    """What each call of a layer of a plain model keeps under `selection`, once converted; see the module's table.
 
     `always_train` names modules that are trained whole. Modules that the library does not swap and that keep
     something (pooling by average, other activations) are not in the table and have to be absent from the model.
@@ -109,8 +111,8 @@ def expected_bytes(
                 parameter.requires_grad_(trained or inside)
 
     calls = trace(model, example, prepare)
-    found = {call.name: _expected(call, chosen, batch_norm) for call in calls}
-    return {name: value for name, value in found.items() if value is not None}
+    found = [_expected(call, chosen, batch_norm) for call in calls]
+    return [value for value in found if value is not None]
 
 
 def _trains(channels: Channels | None, key: str) -> bool:
@@ -121,10 +123,11 @@ def _trains(channels: Channels | None, key: str) -> bool:
     return some if key == "weight" else channels.bias == "all" or (some and channels.bias == "selected")
 
 
-def total_bytes(expected: Mapping[str, Expected]) -> int:
+def total_bytes(expected: Iterable[Expected]) -> int:
     """Bytes of a whole network: every shared input once, everything else as it is."""
-    shared = {value.shared: value.shared_bytes for value in expected.values() if value.shared is not None}
-    return sum(value.own for value in expected.values()) + sum(shared.values())
+    values = list(expected)
+    shared = {value.shared: value.shared_bytes for value in values if value.shared is not None}
+    return sum(value.own for value in values) + sum(shared.values())
 
 
 def _expected(call: Call, selection: Selection, batch_norm: str) -> Expected | None:
@@ -136,14 +139,14 @@ def _expected(call: Call, selection: Selection, batch_norm: str) -> Expected | N
     if isinstance(module, nn.BatchNorm2d):
         vector = call.itemsize * module.num_features
         if batch_norm == "train":
-            return Expected(2 * vector, call.x_storage, call.x_elements * call.itemsize)
-        return Expected(vector if call.x_needs else 0)
+            return Expected(call.name, 2 * vector, call.x_storage, call.x_elements * call.itemsize)
+        return Expected(call.name, vector if call.x_needs else 0)
     if isinstance(module, MASKED):
-        return Expected(mask_bytes(call.y_elements))
+        return Expected(call.name, mask_bytes(call.y_elements))
     if isinstance(module, nn.MaxPool2d):
-        return Expected(call.y_elements)
+        return Expected(call.name, call.y_elements)
     if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-        return Expected(mask_bytes(call.y_elements))
+        return Expected(call.name, mask_bytes(call.y_elements))
     return None
 
 
@@ -158,7 +161,9 @@ def _weighted(call: Call, module: nn.Conv2d | nn.Linear, selection: Selection) -
     if groups > 1 and groups == c_in == c_out:
         axis = "out"
     kept = layer_bytes(call.x_elements, call.itemsize, c_in, c_out, groups, index, axis)
-    indices = 0 if index is None else index_bytes(len(torch.as_tensor(index)))
+    # On axis "in" the slices of x are taken in forward, so backward needs no index.
+    selected = 0 if index is None or axis == "in" else len(torch.as_tensor(index))
+    indices = index_bytes(selected) if selected < c_out else 0
     if kept == call.x_elements * call.itemsize:
-        return Expected(indices, call.x_storage, kept)
-    return Expected(kept + indices)
+        return Expected(call.name, indices, call.x_storage, kept)
+    return Expected(call.name, kept + indices)

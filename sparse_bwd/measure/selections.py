@@ -20,7 +20,7 @@ def share_of_channels(
     Whole layers where the fraction is 1. Linear layers are left out: the classifier is trained beside the selection.
     """
     convolutions = {name: layer for name, layer in layers(model).items() if isinstance(layer, SparseConv2d)}
-    names = list(convolutions)[-last:] if last is not None else list(convolutions)
+    names = list(convolutions)[0 if last is None else max(len(convolutions) - last, 0) :]
     chosen: dict[str, Channels] = {}
     for name in names:
         layer = convolutions[name]

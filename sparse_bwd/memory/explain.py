@@ -158,14 +158,10 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _columns(table: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]) - 1)]
-    return [
-        "  ".join(
-            [
-                line[0].rjust(widths[0]),
-                *(cell.ljust(width) for cell, width in zip(line[1:-1], widths[1:])),
-                line[-1],
-            ]
-        )
-        for line in table
-    ]
+    """Lines of aligned cells: the first column to the right, the last one ragged."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = []
+    for first, *middle, last in table:
+        cells = [cell.ljust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
+        lines.append("  ".join([first.rjust(widths[0]), *cells, last]))
+    return lines

@@ -24,11 +24,11 @@ def scratch_bytes(func: Any, args: tuple[Any, ...], result: Any) -> int:
         return 0
     if func is aten.convolution.default:
         x, w = args[:2]
-        return w.nbytes + (0 if _in_pixels(x) else max(x.nbytes, result.nbytes))
+        return _forward(x, w, result)
     if func is aten.convolution_backward.default:
         dy, x, w = args[:3]
         needs_dx, needs_dw = args[-1][:2]
-        dx = w.nbytes + (0 if _in_pixels(x) else max(x.nbytes, dy.nbytes)) if needs_dx else 0
+        dx = _forward(x, w, dy) if needs_dx else 0
         dw = _weight_gradient(x, dy.nbytes, w.nbytes) if needs_dw else 0
         return max(dx, dw)
     if func is torch.ops.sparse_bwd.conv2d_dw.default:
@@ -41,6 +41,10 @@ def scratch_bytes(func: Any, args: tuple[Any, ...], result: Any) -> int:
 
 def _in_pixels(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _forward(x: Tensor, w: Tensor, y: Tensor) -> int:
+    return w.nbytes + (0 if _in_pixels(x) else max(x.nbytes, y.nbytes))
 
 
 def _weight_gradient(x: Tensor, dy_bytes: int, dw_bytes: int) -> int:
