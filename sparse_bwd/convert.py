@@ -7,6 +7,9 @@ that is shared, or whose weight is tied or computed: those are left alone, and t
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -35,6 +38,9 @@ _WEIGHTED: dict[type[nn.Module], type[CompactLayer]] = {
 _LEAN: dict[type[nn.Module], type[nn.Module]] = {**_STATELESS, **_WEIGHTED}
 _CANDIDATES: tuple[type[nn.Module], ...] = tuple(_LEAN)
 _STOCK: dict[type[nn.Module], type[nn.Module]] = {lean: stock for stock, lean in _LEAN.items()}
+
+# Reading a weight's type or size does not bypass its module's forward.
+_READS_WEIGHT = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|ndim|dim|numel)\b)")
 
 
 @dataclass
@@ -179,11 +185,10 @@ def _reasons(model: nn.Module) -> dict[nn.Module, str]:
         for tensor in module._parameters.values():
             if tensor is not None:
                 owners.setdefault(tensor, []).append(module)
-        if isinstance(module, nn.MultiheadAttention):
-            for child in module.children():
-                reasons[child] = (
-                    "bypassed by its parent nn.MultiheadAttention, which reads its weight directly"
-                )
+        for attribute, child in module.named_children():
+            if isinstance(module, nn.MultiheadAttention) or attribute in _bypassed(type(module)):
+                parent = type(module).__name__
+                reasons[child] = f"bypassed by its parent {parent}, which reads its weight directly"
     for module, known in names.items():
         if len(known) > 1 and type(module) in _WEIGHTED:
             reasons[module] = f"shared module, also known as {', '.join(known[1:])}"
@@ -192,6 +197,25 @@ def _reasons(model: nn.Module) -> dict[nn.Module, str]:
             for module in holders:
                 reasons.setdefault(module, "tied weight: another module holds the same Parameter")
     return reasons
+
+
+@functools.cache
+def _bypassed(parent: type[nn.Module]) -> frozenset[str]:
+    """Attributes whose weight the class's forward methods read as `self.<attribute>.weight`, as its source shows.
+
+    Such a parent computes with the full weight by itself, so that gradients would never reach a compact Parameter.
+    """
+    found: set[str] = set()
+    for owner in parent.__mro__:
+        if owner.__module__.startswith("torch.nn.") or owner is object:
+            continue
+        for name, method in vars(owner).items():
+            if inspect.isfunction(method) and name.lstrip("_").startswith("forward"):
+                try:
+                    found.update(_READS_WEIGHT.findall(inspect.getsource(method)))
+                except (OSError, TypeError):
+                    continue
+    return frozenset(found)
 
 
 def _own_reason(module: nn.Module, batch_norm: str) -> str | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import sparse_bwd as sb
@@ -284,3 +285,12 @@ def test_real_networks_convert_and_come_back(name: str) -> None:
     )
     sb.restore(model)
     assert layout(model) == before
+
+
+def test_a_layer_whose_weight_its_parent_reads_is_left_alone() -> None:
+    model = torchvision.models.swin_t(num_classes=3)
+    report = sb.convert(model)
+    bypassed = {name for name, reason in report.skipped.items() if "bypassed by its parent" in reason}
+    assert bypassed == {name for name, _ in model.named_modules() if name.endswith(("attn.qkv", "attn.proj"))}
+    assert type(model.features[1][0].attn.qkv) is nn.Linear
+    assert type(model.features[1][0].mlp[0]) is sb.SparseLinear
