@@ -35,17 +35,17 @@ def draw_conv(pick: Pick) -> tuple[dict[str, Any], tuple[int, ...]]:
         c_in = c_out = groups = pick((1, 2, 5))
     if pick(range(40)) == 0:
         c_in += 1
-    options: dict[str, Any] = dict(
-        in_channels=c_in,
-        out_channels=c_out,
-        kernel_size=pick((1, 1, 2, 3, 3, (1, 3), (3, 2), 5)),
-        stride=pick((1, 1, 1, 2, 3, (2, 1))),
-        padding=pick((0, 0, 1, 1, 2, (0, 2), 4, "same", "valid")),
-        dilation=pick((1, 1, 1, 2, (1, 3))),
-        groups=groups,
-        bias=pick((True, False)),
-        padding_mode=pick(("zeros", "zeros", "zeros", "reflect", "replicate", "circular")),
-    )
+    options: dict[str, Any] = {
+        "in_channels": c_in,
+        "out_channels": c_out,
+        "kernel_size": pick((1, 1, 2, 3, 3, (1, 3), (3, 2), 5)),
+        "stride": pick((1, 1, 1, 2, 3, (2, 1))),
+        "padding": pick((0, 0, 1, 1, 2, (0, 2), 4, "same", "valid")),
+        "dilation": pick((1, 1, 1, 2, (1, 3))),
+        "groups": groups,
+        "bias": pick((True, False)),
+        "padding_mode": pick(("zeros", "zeros", "zeros", "reflect", "replicate", "circular")),
+    }
     size = (pick((1, 2, 3, 5, 8)), pick((1, 2, 4, 7)))
     channels = c_in if pick(range(40)) else c_in + 1
     batch = pick(((2,), (1,), (3,), (), (0,)))
@@ -54,9 +54,11 @@ def draw_conv(pick: Pick) -> tuple[dict[str, Any], tuple[int, ...]]:
 
 def draw_linear(pick: Pick) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Constructor arguments of a Linear and an input shape."""
-    options = dict(
-        in_features=pick((1, 2, 3, 7, 16)), out_features=pick((1, 2, 5, 8)), bias=pick((True, False))
-    )
+    options = {
+        "in_features": pick((1, 2, 3, 7, 16)),
+        "out_features": pick((1, 2, 5, 8)),
+        "bias": pick((True, False)),
+    }
     lead = pick(((), (1,), (4,), (0,), (2, 3), (2, 0), (1, 2, 2), (2, 2, 1, 2)))
     features = options["in_features"] + (pick(range(30)) == 0)
     return options, (*lead, features)

@@ -1,4 +1,4 @@
-"""Masked training in plain PyTorch: the oracle of compact parameters (a dense gradient, zeros elsewhere, values put back)."""
+"""Masked training in plain PyTorch: the oracle of compact parameters."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The full weight is never stale: whatever happens between step, forward and backward, both tensors agree or it raises."""
+"""The full weight is never stale: between step, forward and backward both tensors agree, or it raises."""
 
 import copy
 import pickle

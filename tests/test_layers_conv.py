@@ -131,8 +131,39 @@ def test_weight_gradient_is_the_slope_of_the_output(name: str) -> None:
         assert abs(float(((moved(x) - y) * dy).sum()) - slope) < 1e-12 * float(y.abs().sum() * dy.abs().max())
 
 
+@pytest.mark.parametrize(
+    "case", [BY_ID[n] for n in ("plain", "unbatched", "circular")], ids=lambda case: case.id
+)
+def test_output_may_be_overwritten(case: Case) -> None:
+    """`x = layer(x); x += other` is legal on a stock layer, so also here, whatever the number of dimensions."""
+    results = []
+    for layer in (case.stock(), case.ours()):
+        x = case.input().requires_grad_()
+        y = layer(x)
+        y += 1
+        y.relu_().backward(gradient_of(y))
+        results.append((y.detach(), x.grad))
+    assert_same_bits(results[1][0], results[0][0], "y")
+    assert_same_bits(results[1][1], results[0][1], "dx")
+
+
 def test_constructor_takes_what_the_stock_layer_takes() -> None:
     layer = sb.SparseConv2d(4, 6, 3, 2, 1, 1, 2, False, "zeros", device="cpu", dtype=torch.float64)
     assert (layer.stride, layer.padding, layer.groups, layer.bias) == ((2, 2), (1, 1), 2, None)
     assert layer.channels is None and layer.trainable_weight.dtype is torch.float64
     assert list(layer.state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("selection", ["some", "all", "whole"])
+@each_axis
+@pytest.mark.parametrize("groups", [1, 2])
+def test_compact_parameters_keep_channels_last(groups: int, axis: str, selection: str) -> None:
+    """In a channels_last model gradients come in channels_last; the Parameter matches, so autograd copies nothing."""
+    layer = sb.SparseConv2d(4, 6, 3, groups=groups).to(memory_format=torch.channels_last)
+    layer.set_channels(SELECTIONS[selection](layer.num_channels(axis)), axis=axis, bias="none")
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
+    arrived: list[int] = []
+    layer.trainable_weight.register_hook(lambda dw: arrived.append(dw.data_ptr()))
+    layer(x).pow(2).sum().backward()
+    assert layer.trainable_weight.is_contiguous(memory_format=torch.channels_last)
+    assert layer.trainable_weight.grad.data_ptr() == arrived[0]

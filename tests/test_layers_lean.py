@@ -1,4 +1,4 @@
-"""Lean neighbours against their stock layers: activations with a one-bit mask, max pooling with one-byte offsets, dropout."""
+"""Lean neighbours against their stock layers: activations, max pooling and dropout."""
 
 import copy
 from typing import Any
@@ -102,6 +102,26 @@ def test_activation_inplace_is_honoured(name: str) -> None:
     assert y.data_ptr() == middle.data_ptr() and middle._version > 0
     with pytest.raises(RuntimeError, match="leaf"):
         ours(base)
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "dropout"])
+def test_inplace_on_a_view(name: str) -> None:
+    """The tensor behind the view changes too, and gradients flow through both, as in PyTorch."""
+    layers = pair(name, True) if name != "dropout" else (nn.Dropout(0.5, True), sb.Dropout(0.5, True))
+    if getattr(layers[0], "negative_slope", 1.0) <= 0:
+        pytest.skip("PyTorch has no in-place backward for a slope of zero")
+    results = []
+    for layer in layers:
+        torch.manual_seed(0)
+        leaf = torch.randn(4, 6, requires_grad=True)
+        base = leaf * 3
+        part = base[1:, ::2]
+        y = layer(part)
+        assert y.data_ptr() == part.data_ptr()
+        (base.sum() + (y * gradient_of(y)).sum()).backward()
+        results.append((base.detach(), leaf.grad))
+    for name, stock, ours in zip(("base", "dx"), *results, strict=True):
+        assert_same_bits(ours, stock, name)
 
 
 @each_activation

@@ -81,6 +81,22 @@ def test_gradcheck_of_x(name: str, axis: str) -> None:
     assert torch.autograd.gradcheck(layer, (case.input().double().requires_grad_(),), fast_mode=True)
 
 
+@pytest.mark.parametrize(
+    "case", [BY_ID[n] for n in ("plain", "tokens", "four-axes", "unbatched")], ids=lambda case: case.id
+)
+def test_output_may_be_overwritten(case: Case) -> None:
+    """`x = layer(x); x += other` is legal on a stock layer, so also here, whatever the number of dimensions."""
+    results = []
+    for layer in (case.stock(), case.ours()):
+        x = case.input().requires_grad_()
+        y = layer(x)
+        y += 1
+        y.relu_().backward(gradient_of(y))
+        results.append((y.detach(), x.grad))
+    assert_same_bits(results[1][0], results[0][0], "y")
+    assert_same_bits(results[1][1], results[0][1], "dx")
+
+
 def test_constructor_takes_what_the_stock_layer_takes() -> None:
     layer = sb.SparseLinear(4, 6, False, device="cpu", dtype=torch.float64)
     assert layer.bias is None and layer.trainable_weight.dtype is torch.float64

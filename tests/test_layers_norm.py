@@ -104,7 +104,7 @@ def test_norm_without_affine(mode: str) -> None:
         output.backward(gradient_of(y).to(output.dtype))
     assert_close_to_oracle(our_y.detach(), y.detach(), exact.detach(), "y")
     assert_close_to_oracle(leaves[2].grad, leaves[0].grad, leaves[1].grad, "dx")
-    with pytest.raises(ValueError, match="affine|shift|train"):
+    with pytest.raises(ValueError, match=r"affine|shift|train"):
         ours.set_channels([0])
 
 
@@ -120,7 +120,7 @@ def test_norm_without_running_statistics() -> None:
 
 
 def test_bad_words_and_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match="frozen.*bias.*train"):
+    with pytest.raises(ValueError, match=r"frozen.*bias.*train"):
         sb.BatchNorm2d(4, mode="eval")
     layer = sb.BatchNorm2d(4, mode="frozen")
     for wrong in ([4], [-1], [1, 1]):

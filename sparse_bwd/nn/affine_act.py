@@ -111,8 +111,12 @@ def affine_act(
     """
     shift_trained = part_shift is not None and part_shift.requires_grad
     if torch.is_grad_enabled() and (x.requires_grad or shift_trained):
-        y: Tensor = AffineActFunction.apply(x, scale, shift, part_shift, shift_rows, act, inplace)[0]
-        return y
+        # Autograd lets a Function with two results overwrite no view, so a view gets its values by a copy.
+        view = inplace and x._is_view()
+        y: Tensor = AffineActFunction.apply(
+            x, scale, shift, part_shift, shift_rows, act, inplace and not view
+        )[0]
+        return x.copy_(y) if view else y
     arguments = (scale, shift, act.kind, act.low, act.high, False)
     if inplace:
         torch.ops.sparse_bwd.affine_act_(x, *arguments)

@@ -18,36 +18,34 @@ from sparse_bwd.ops.layout import dense_strides, flat
 
 
 class DropoutFunction(torch.autograd.Function):
-    """Arguments: x, p and whether to overwrite x."""
+    """Arguments: x and p."""
 
     @staticmethod
-    def forward(x: Tensor, p: float, inplace: bool) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
         y, keep = torch.native_dropout(x, p, True)
         dense = torch.empty_strided(x.shape, dense_strides(x), dtype=torch.bool, device=x.device).copy_(keep)
         packed = torch.empty(bits.packed_size(x.numel()), dtype=torch.uint8, device=x.device)
         bits.pack(flat(dense), packed)
-        return (x.copy_(y) if inplace else y), packed
+        return y, packed
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, ctx.p, inplace = inputs
-        if inplace:
-            ctx.mark_dirty(x)
+        x, ctx.p = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
         ctx.strides = dense_strides(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
         refuse_second_order("Dropout")
         if dy is None:
-            return None, None, None
+            return None, None
         (packed,) = ctx.saved_tensors
         keep = bits.unpack(packed, dy.numel()).as_strided(dy.shape, ctx.strides)
         if dy.is_cpu:  # where PyTorch multiplies by keep / (1 - p), rounded to the dtype first
-            return keep.to(dy.dtype).div_(1 - ctx.p).mul_(dy), None, None
-        return torch.ops.aten.native_dropout_backward(dy, keep, 1 / (1 - ctx.p)), None, None
+            return keep.to(dy.dtype).div_(1 - ctx.p).mul_(dy), None
+        return torch.ops.aten.native_dropout_backward(dy, keep, 1 / (1 - ctx.p)), None
 
 
 class Dropout(nn.Dropout):
@@ -57,5 +55,5 @@ class Dropout(nn.Dropout):
         lean = self.training and 0 < self.p < 1 and torch.is_grad_enabled() and input.requires_grad
         if not lean:
             return super().forward(input)
-        y: Tensor = DropoutFunction.apply(input, self.p, self.inplace)[0]
-        return y
+        y: Tensor = DropoutFunction.apply(input, self.p)[0]
+        return input.copy_(y) if self.inplace else y

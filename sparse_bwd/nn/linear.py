@@ -37,7 +37,10 @@ class LinearFunction(torch.autograd.Function):
         rows: Tensor | None,
         bias_rows: Tensor | None,
     ) -> Tensor:
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        # Beyond two dimensions PyTorch returns a view, which nobody might overwrite once a Function has returned it.
+        result: Tensor = y if y.dim() == 2 else torch.ops.aten._unsafe_view(y, y.shape)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparse_bwd.ops.backend import register
-from sparse_bwd.ops.layout import take_channels
+from sparse_bwd.ops.layout import is_channels_last, take_channels
 from sparse_bwd.ops.padding import Geometry, pad
 
 
@@ -89,18 +89,24 @@ def conv2d_dw_plain(
     per_group = x.shape[1] // groups
     like = x.new_empty(dy.shape[1], per_group, size[2], size[3])
     if dy.numel() == 0 or x.numel() == 0:
-        return x.new_zeros(tuple(size))
+        return x.new_zeros(tuple(size)).to(memory_format=_memory_format(x))
     dw: Tensor = torch.ops.aten.convolution_backward(
         dy, pad(x, geometry), like, None, geometry.stride, geometry.inner_padding, geometry.dilation,
         False, [0, 0], groups, [False, True, False],
     )[1]  # fmt: skip
     if regroup:
         dw = dw.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    return dw if pick is None else dw.index_select(0, pick)
+    dw = dw if pick is None else dw.index_select(0, pick)
+    return dw.to(memory_format=_memory_format(x))
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of dw: that of x, in which PyTorch's convolution computes it."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def _fake(x, dy, spread, rows, pick, size, stride, padding, padding_mode, dilation, groups, regroup):  # type: ignore[no-untyped-def]
-    return x.new_empty(tuple(size))
+    return torch.empty(tuple(size), dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
 register(

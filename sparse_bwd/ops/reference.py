@@ -120,7 +120,7 @@ def max_pool2d_bwd_ref(
 
 def response_ref(new: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """<new, previous>, |new|^2, |previous|^2 per sample and channel, [N, C] in float64."""
-    a, b = new.double().flatten(2), previous.double().flatten(2)
+    a, b = new.double()[..., None].flatten(2), previous.double()[..., None].flatten(2)
     return (a * b).sum(2), (a * a).sum(2), (b * b).sum(2)
 
 

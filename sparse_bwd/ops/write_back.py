@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_bwd.ops.backend import register
+from sparse_bwd.ops.layout import is_channels_last
 
 
 def _channel_view(full: Tensor, groups: int) -> Tensor:
@@ -21,14 +22,17 @@ def _channel_view(full: Tensor, groups: int) -> Tensor:
 
 
 def read_slices(full: Tensor, index: Tensor | None, dim: int, groups: int) -> Tensor:
-    """The slices as a new tensor in compact shape; inverse of `write_back` for one tensor."""
+    """The slices as a new tensor in compact shape and in the memory format of `full`; inverse of `write_back`.
+
+    Gradients arrive in that format, so that autograd takes them over without a copy.
+    """
     if groups > 1 and dim == 1:
         view = _channel_view(full, groups)
         index = torch.arange(groups * view.shape[1], device=full.device) if index is None else index
         slices: Tensor = view[index // view.shape[1], index % view.shape[1]]
-        return slices
-    slices = full.clone() if index is None else full.index_select(dim, index)
-    return slices
+    else:
+        slices = full.clone() if index is None else full.index_select(dim, index)
+    return slices.to(memory_format=torch.channels_last) if is_channels_last(full) else slices
 
 
 def write_back_plain(
