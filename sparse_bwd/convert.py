@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sparse_bwd.nn import affine_act, dropout, max_pool2d
 from sparse_bwd.nn.chain import Chain, can_chain
@@ -113,8 +114,9 @@ def convert(
             report.swapped[name] = "Chain"
     for name in report.skipped:
         report.outside += [n for n, p in model.get_submodule(name).named_parameters(name) if p.requires_grad]
-    report.trainable_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    report.all_params = sum(p.numel() for n, p in model.named_parameters() if not n.endswith(_COMPACT_NAMES))
+    sized = [(n, p) for n, p in model.named_parameters() if not is_lazy(p)]
+    report.trainable_params = sum(p.numel() for _, p in sized if p.requires_grad)
+    report.all_params = sum(p.numel() for n, p in sized if not n.endswith(_COMPACT_NAMES))
     return report
 
 
