@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from sparse_bwd.nn import affine_act, dropout, max_pool2d
 from sparse_bwd.nn.chain import Chain, can_chain
-from sparse_bwd.nn.compact import CompactLayer, nearest
+from sparse_bwd.nn.compact import TRAINABLE, CompactLayer, nearest
 from sparse_bwd.nn.conv import SparseConv2d
 from sparse_bwd.nn.linear import SparseLinear
 
@@ -120,7 +120,7 @@ def convert(
     return report
 
 
-_COMPACT_NAMES = ("trainable_weight", "trainable_bias")
+_COMPACT_NAMES = tuple(TRAINABLE.values())
 
 
 def restore(model: nn.Module) -> nn.Module:
