@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import sparse_bwd as sb
+from benchmarks.readme import filled
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -154,3 +155,15 @@ def test_readme_links_lead_somewhere():
     )
     missing = [t for t in targets if not t.startswith("http") and not (ROOT / t).exists()]
     assert not missing, missing
+
+
+def test_readme_tables_are_those_of_the_result_files():
+    text = README.read_text()
+    assert filled(text) == text, "run `make results`"
+
+
+def test_readme_tables_are_filled_from_files(tmp_path):
+    text = "before\n<!-- results:signs -->\nold\n<!-- /results:signs -->\nafter\n"
+    assert filled(text, tmp_path) == text.replace("old\n", "")
+    with pytest.raises(ValueError, match="results:unheard"):
+        filled(text.replace("signs", "unheard"), tmp_path)
