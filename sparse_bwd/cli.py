@@ -181,7 +181,8 @@ def finetune(
             _fail(
                 f"A new run needs --model and --data{' (there is no checkpoint in --out yet)' if resume else ''}."
             )
-        result = training.finetune(training.configure(training.RunConfig(model, data), options), runtime)
+        config = training.configure(training.RunConfig(model, data), options)
+        result = training.finetune(config, runtime, after_kill=resume)
     _print(result, _summary(result, out), as_json)
 
 

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_bwd.training import RunConfig, Runtime, Stopped, configure, finetune, resume, saved_config
+from sparse_bwd.training import (
+    RunConfig,
+    Runtime,
+    Stopped,
+    UserError,
+    configure,
+    finetune,
+    resume,
+    saved_config,
+)
 from sparse_bwd.training.config import check_unchanged
 from sparse_bwd.training.log import read_log
 from sparse_bwd.training.loop import Trainer
@@ -41,7 +51,7 @@ def go(config: RunConfig, out: Path, **runtime: Any) -> dict[str, Any]:
     settings = Runtime(out, quiet=True, measure=False, **runtime)
     found = saved_config(out)
     if found is None:
-        return finetune(config, settings)
+        return finetune(config, settings, after_kill=True)
     check_unchanged(found[0], {"model": TINY})
     return resume(found[0], settings, found[1])
 
@@ -154,6 +164,32 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         go(config_of(), tmp_path)
     assert saved_config(tmp_path) is not None
+
+
+@pytest.mark.parametrize("moment", ["log", "checkpoint"])
+def test_a_kill_before_the_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """A start that was killed leaves a log and perhaps half a checkpoint; --resume then starts anew."""
+    config = config_of(epochs=1)
+    go(config, tmp_path / "whole")
+    out = tmp_path / "parts"
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"event": "start"}\n{"eve')
+    if moment == "checkpoint":
+        (out / ".checkpoint.safetensors.tmp").write_bytes(b"half")
+    with pytest.raises(UserError, match="not an empty folder"):
+        finetune(config, Runtime(out, quiet=True))
+    go(config, out)
+    assert_equal_runs(tmp_path / "whole", out)
+    assert not list(out.glob(".*"))
+
+
+def test_a_run_in_another_thread_needs_no_signals(tmp_path: Path) -> None:
+    thread = threading.Thread(target=go, args=(config_of(epochs=1), tmp_path / "run"))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_a_kill_while_the_results_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import signal
+import threading
 import time
 from collections import deque
 from types import FrameType
@@ -91,9 +92,11 @@ class Trainer:
 
     def run(self, display: Display) -> None:
         """Trains to the end. Stopped after Ctrl-C or SIGTERM; Diverged or UserError with the last checkpoint intact."""
-        handlers = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        # Only the main thread may set handlers; elsewhere a signal ends the process, and the last checkpoint counts.
+        numbers = (
+            (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        )
+        handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             while not self.finished:
                 self._train_epoch(display)

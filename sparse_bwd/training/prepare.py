@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,10 @@ def make_policy(model: nn.Module, config: RunConfig, probe: Tensor) -> Policy:
     )
 
 
-def claim_folder(out: Path) -> None:
-    """Makes the folder of a new run. UserError if it holds something already, or cannot be made."""
+def claim_folder(out: Path, leftovers: Collection[str]) -> None:
+    """Makes the folder of a new run. UserError if it cannot be made, or holds something else than `leftovers`."""
     try:
-        if out.exists() and (not out.is_dir() or any(name.suffix != ".tmp" for name in out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(entry.name not in leftovers for entry in out.iterdir())):
             raise UserError(
                 f"{out} is not an empty folder: give another --out, or --resume to go on with the run that is in it."
             )

@@ -18,27 +18,32 @@ from sparse_bwd.training.evaluate import measure_accuracy
 from sparse_bwd.training.finish import CLASSES, MODEL, PREPROCESSING, RESULT, finish, is_complete
 from sparse_bwd.training.images import decode
 from sparse_bwd.training.loader import in_order
-from sparse_bwd.training.loop import CHECKPOINT, Trainer, machine
+from sparse_bwd.training.loop import CHECKPOINT, LOG, Trainer, machine
 from sparse_bwd.training.models import build_model
 from sparse_bwd.training.prepare import claim_folder, find_device, prepare
 from sparse_bwd.training.transforms import Preprocessing
 from sparse_bwd.training.weights import fill, read_weights
 
+# What a start leaves that is killed before its first checkpoint.
+_LEFTOVERS = (LOG, f".{CHECKPOINT}.tmp")
 
-def finetune(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
+
+def finetune(config: RunConfig, runtime: Runtime, after_kill: bool = False) -> dict[str, Any]:
     """Fine-tunes and leaves model, log, checkpoint and result in `runtime.out`; returns the result.
+
+    `after_kill` allows the folder to hold what a start left that was killed before its first checkpoint.
 
     Everything that can be checked beforehand is, before the folder is made. Raises UserError (Diverged included),
     Stopped after Ctrl-C, OSError if a file cannot be written.
     """
-    claimed = runtime.out.exists()
+    was_there = runtime.out.exists()
     prepared = prepare(config, runtime)
-    claim_folder(runtime.out)
+    claim_folder(runtime.out, _LEFTOVERS if after_kill else ())
     trainer = Trainer(prepared)
     try:
         trainer.start()
     except BaseException:
-        _leave_nothing(runtime.out, keep_folder=claimed)
+        _leave_nothing(runtime.out, keep_folder=was_there)
         raise
     return _carry_on(trainer)
 
@@ -106,9 +111,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _leave_nothing(out: Path, keep_folder: bool) -> None:
-    """Removes what a start that failed has written: the folder was empty before."""
-    for path in out.iterdir():
-        path.unlink()
+    """Removes what a start that failed has written."""
+    for name in (*_LEFTOVERS, CHECKPOINT):
+        (out / name).unlink(missing_ok=True)
     if not keep_folder:
         out.rmdir()
 
