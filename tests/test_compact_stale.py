@@ -308,3 +308,17 @@ def test_dtype_moves_carry_the_stepped_values(dtype: torch.dtype) -> None:
         assert_same_bits(value, expected[key], key)
     model(batch()[0].to(dtype)).sum().backward()
     assert all(p.grad.dtype is dtype for p in sb.trainable_parameters(model))
+
+
+def test_a_norm_that_cannot_be_selected_stops_the_whole_selection() -> None:
+    """A norm that trains as PyTorch's, or has no shift, is refused by name before any layer changes."""
+    training = tiny_net()
+    sb.convert(training, batch_norm="train", always_train=[])
+    bare = tiny_net()
+    bare.norm = nn.BatchNorm2d(8, affine=False)
+    sb.convert(bare, always_train=[])
+    for model in (training, bare):
+        before = {name: layer.trainable_weight for name, layer in sb.layers(model).items()}
+        with pytest.raises(ValueError, match="norm"):
+            sb.apply(model, {"stem.0": [1], "hidden": [0], "norm": [0, 3]})
+        assert {name: layer.trainable_weight for name, layer in sb.layers(model).items()} == before

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.nn import layers, norms
+from sparse_bwd.nn import BatchNorm2d, layers, norms
 
 AXES = ("out", "in")
 BIAS_MODES = ("selected", "all", "none")
@@ -151,7 +151,7 @@ class Selection(Mapping[str, Channels]):
                 channels = swapped[name].num_channels(chosen.axis)
             elif name in normed:
                 channels = normed[name].num_features
-                _check_norm(name, chosen)
+                _check_norm(name, chosen, normed[name])
             else:
                 raise ValueError(_unknown(name, model, [*swapped, *normed]))
             highest = -1 if chosen.index is None or len(chosen.index) == 0 else int(chosen.index[-1])
@@ -213,13 +213,22 @@ class Selection(Mapping[str, Channels]):
         return cls(channels)
 
 
-def _check_norm(name: str, chosen: Channels) -> None:
-    """Of a norm layer only the shift can be trained, and its channels are outputs."""
+def _check_norm(name: str, chosen: Channels, norm: BatchNorm2d) -> None:
+    """Of a norm layer only the shift can be trained, its channels are outputs, and a stock norm trains as it is."""
     if chosen.axis != "out" or chosen.bias != "selected":
         raise ValueError(
             f"Norm layer {name!r} trains the shift of the channels it names; leave axis and bias at their defaults "
             f"(got axis={chosen.axis!r}, bias={chosen.bias!r})."
         )
+    if chosen.index is not None and len(chosen.index) == 0:
+        return
+    if not norm.on_running_statistics:
+        raise ValueError(
+            f"Norm layer {name!r} is in mode 'train', where scale and shift are trained whole; convert with "
+            "batch_norm='frozen' or 'bias' to select its channels."
+        )
+    if chosen.index is not None and not norm.affine:
+        raise ValueError(f"Norm layer {name!r} has no shift (affine=False), so that none can be trained.")
 
 
 def _unknown(name: str, model: nn.Module, known: list[str]) -> str:
