@@ -2,6 +2,7 @@
 
 import io
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,21 @@ def test_other_unreadable_things_are_explained(tmp_path: Path) -> None:
     postscript = io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(UserError, match="corrupt or not one of JPEG"):
         decode(postscript, "drawing.eps")
+
+
+def test_an_image_that_may_not_be_read_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UserError, match="may not be read: change its permissions"):
+        decode(Path("x.png"), "x.png")
+
+
+def test_digits_without_scikit_learn_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match="needs scikit-learn"):
+        open_source("digits")
 
 
 def test_evaluation_equals_torchvision() -> None:

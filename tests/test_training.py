@@ -23,6 +23,7 @@ from sparse_bwd.training import (
     load_run,
     saved_config,
 )
+from sparse_bwd.training.checkpoint import save_checkpoint
 from sparse_bwd.training.config import check_unchanged, parse_budget
 from sparse_bwd.training.finish import find_collapse
 from sparse_bwd.training.log import read_log
@@ -148,6 +149,10 @@ def test_heads_have_the_width_of_the_data(name: str) -> None:
     assert model.training
 
 
+def test_a_network_without_layers_has_no_head() -> None:
+    assert head_name(nn.Sequential(nn.Flatten())) is None
+
+
 @pytest.mark.parametrize(
     "name, sentence",
     [
@@ -155,6 +160,7 @@ def test_heads_have_the_width_of_the_data(name: str) -> None:
         ("no.such.module:f", "cannot be imported"),
         ("tests.training_net:absent", "has nothing called 'absent'"),
         ("tests.training_net:number", "returned int"),
+        ("tests.training_net:bare_linear", "a single Linear of 3 outputs; give it 7"),
     ],
 )
 def test_unknown_models_are_explained(name: str, sentence: str) -> None:
@@ -176,7 +182,11 @@ def test_only_the_classifier_may_be_missing(tmp_path: Path) -> None:
     full = training_net.tiny(10).state_dict()
     body = {key: value for key, value in full.items() if not key.startswith("6.")}
     path = tmp_path / "w.safetensors"
-    for state, fresh in ((full, False), (body, True), ({**body, "6.weight": torch.zeros(1000, 16)}, True)):
+    for state, fresh in (
+        (full, False),
+        (body, True),
+        ({**body, "6.weight": torch.zeros(1000, 16), "AuxLogits.fc.bias": torch.zeros(1000)}, True),
+    ):
         save_file(state, path)
         model = training_net.tiny(10)
         assert load_weights(model, str(path), TINY).fresh_head is fresh
@@ -348,6 +358,18 @@ def test_the_probe_is_never_trained_on_and_all_policies_see_the_same_images() ->
     for options in ({"probe_images": 138}, {"probe_images": 0}):
         with pytest.raises(UserError, match="probe"):
             prepare(configure(config, options), Runtime(Path("x")))
+
+
+def test_a_model_of_which_nothing_can_be_swapped_is_refused() -> None:
+    config = configure(RunConfig("tests.training_net:linear_only", "digits"), SMALL)
+    with pytest.raises(UserError, match=r"Nothing in the model .* could be swapped"):
+        prepare(config, Runtime(Path("x")))
+
+
+def test_a_configuration_of_another_version_is_explained(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint.safetensors", {"config": {"model": "x"}})
+    with pytest.raises(UserError, match="has a configuration that this version cannot read"):
+        saved_config(tmp_path)
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path) -> None:

@@ -53,3 +53,13 @@ class Exploding(nn.Module):
 
 def exploding(num_classes: int) -> nn.Module:
     return Exploding(num_classes)
+
+
+def linear_only(num_classes: int) -> nn.Module:
+    """A classifier and nothing else, for 16 x 16 images."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
+
+
+def bare_linear() -> nn.Module:
+    """A head that is no part of anything."""
+    return nn.Linear(16, 3)

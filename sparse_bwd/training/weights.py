@@ -70,8 +70,9 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> bool:
 
 
 def _of_head(key: str, head: str | None) -> bool:
-    # A head of several layers in the file may be a single one here: what lies beside the classifier may be left over.
-    return head is not None and key.split(".")[0] == head.split(".")[0] != key
+    """Whether a key that the model lacks belongs to a classifier: a larger one in this one's place, or an auxiliary."""
+    first = key.split(".")[0]
+    return first.lower().startswith("aux") or (head is not None and first == head.split(".")[0] != key)
 
 
 def _some(keys: list[str]) -> str:
