@@ -1,0 +1,55 @@
+"""What a result has to say about where it comes from: machine, versions, commit."""
+
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor or GPU, threads, and versions."""
+    from importlib import metadata
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchvision", "timm"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found = {"processor": processor(), "threads": torch.get_num_threads(), "system": platform.system()}
+    if torch.device(device).type == "cuda":  # pragma: no cover -- needs CUDA
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return {**found, "versions": versions}
+
+
+def processor() -> str:
+    """Name of the processor model."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name: lower case, words joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+def commit(folder: Path) -> str:
+    """Short commit of the checkout that holds `folder`, with "+changes" where it was edited; "unknown" without git."""
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "-uno") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
