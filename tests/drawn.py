@@ -4,6 +4,7 @@ Small integers make every sum exact in any order and any dtype, so the library m
 no tolerance is needed. Where PyTorch refuses a case the library must refuse it too: no error may stay silent.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,6 +114,20 @@ def check_drawn(pick: Pick) -> str:
     return compare(stock, ours, x, index, axis, bias, pick)
 
 
+def true_dw(stock: Any, x: Tensor, dy: Tensor) -> Tensor:
+    """PyTorch's weight gradient, or an exact one where PyTorch's is known to be garbage.
+
+    On CPU torch 2.14 reads past the image for dw in bfloat16 of an image narrower than the stride.
+    """
+    narrow = isinstance(stock, nn.Conv2d) and x.shape[-1] < stock.stride[1]
+    if narrow and x.dtype is torch.bfloat16:
+        exact = copy.deepcopy(stock).double()
+        exact.zero_grad()
+        exact(x.double()).backward(dy.double())
+        return exact.weight.grad.to(x.dtype)  # type: ignore[no-any-return]
+    return stock.weight.grad  # type: ignore[no-any-return]
+
+
 def compare(
     stock: Any, ours: Any, x: Tensor, index: list[int] | None, axis: str, bias: str, pick: Pick
 ) -> str:
@@ -138,7 +153,7 @@ def compare(
         return "refused"
     assert_same_bits(two.grad, one.grad if needs_x else None, f"{what}: dx")
     rows, shift = ours.trainable_weight, ours.trainable_bias
-    dw = None if index == [] else compact(stock.weight.grad, stock, index, axis)
+    dw = None if index == [] else compact(true_dw(stock, x, dy), stock, index, axis)
     assert_same_bits(None if rows is None else rows.grad, dw, f"{what}: dw")
     places = bias_index(ours, index, bias)
     db = None if places == [] else stock.bias.grad if places is None else stock.bias.grad[places]

@@ -167,3 +167,17 @@ def test_compact_parameters_keep_channels_last(groups: int, axis: str, selection
     layer(x).pow(2).sum().backward()
     assert layer.trainable_weight.is_contiguous(memory_format=torch.channels_last)
     assert layer.trainable_weight.grad.data_ptr() == arrived[0]
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_bfloat16_images_narrower_than_the_stride(width: int) -> None:
+    """PyTorch's own gradient is garbage here (uninitialised memory), ours is exact: integers in, exact sums out."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randint(-1, 2, (2, 6, 2, width), generator=generator)
+        layer = sb.SparseConv2d(6, 4, 3, stride=3, padding=1, bias=False, dtype=torch.bfloat16)
+        y = layer(x.bfloat16())
+        dy = torch.randint(-1, 2, y.shape, generator=generator)
+        y.backward(dy.bfloat16())
+        exact = torch.nn.grad.conv2d_weight(x.double(), (4, 6, 3, 3), dy.double(), stride=3, padding=1)
+        assert_same_bits(layer.trainable_weight.grad, exact.bfloat16(), "dw")

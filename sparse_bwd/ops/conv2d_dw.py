@@ -90,14 +90,18 @@ def conv2d_dw_plain(
     like = x.new_empty(dy.shape[1], per_group, size[2], size[3])
     if dy.numel() == 0 or x.numel() == 0:
         return x.new_zeros(tuple(size)).to(memory_format=_memory_format(x))
+    padded = pad(x, geometry)
+    if x.is_cpu and x.dtype is torch.bfloat16 and padded.shape[3] < geometry.stride[1]:
+        # torch 2.14 reads past the rows of a bfloat16 image narrower than the stride; such images are tiny.
+        padded, dy, like = padded.float(), dy.float(), like.float()
     dw: Tensor = torch.ops.aten.convolution_backward(
-        dy, pad(x, geometry), like, None, geometry.stride, geometry.inner_padding, geometry.dilation,
+        dy, padded, like, None, geometry.stride, geometry.inner_padding, geometry.dilation,
         False, [0, 0], groups, [False, True, False],
     )[1]  # fmt: skip
     if regroup:
         dw = dw.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     dw = dw if pick is None else dw.index_select(0, pick)
-    return dw.to(memory_format=_memory_format(x))
+    return dw.to(x.dtype, memory_format=_memory_format(x))
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
