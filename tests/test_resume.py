@@ -210,6 +210,7 @@ def test_a_kill_while_the_results_are_written(tmp_path: Path, monkeypatch: pytes
 
 
 EPOCHS = 12
+KILLS = 100
 COMMAND = f"""finetune --model {TINY} --data digits --image-size 16 --limit-train 298 --limit-test 50 --lr 0.2
     --budget 20% --batch-norm train --epochs {EPOCHS} --threads 1 --quiet --no-measure --checkpoint-steps 3 --resume"""
 
@@ -262,7 +263,7 @@ def test_sigkill_at_100_random_moments(tmp_path: Path) -> None:
     assert whole.communicate()[0] is None and whole.returncode == 0
     longest = time.monotonic() - began
     chance, kills, finished = random.Random(0), 0, 0
-    while kills < 100:
+    while kills < KILLS:
         out = tmp_path / f"run{finished}"
         process = start(out)
         if chance.random() < 0.8:  # otherwise anywhere, start-up included
