@@ -42,7 +42,7 @@ build: $(READY)
 	$(BIN)/python -m build
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.step --out benchmarks/results --name step
 
 results: $(READY)
 	$(BIN)/python -m benchmarks.readme

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 import sparse_bwd as sb
 from benchmarks import figures
 from benchmarks.digits import BATCH, Digits, digit_network
+from sparse_bwd.measure.machine import commit, machine
 from sparse_bwd.selection import Policy, Scheme
 from sparse_bwd.training.files import write_json
 
@@ -233,8 +234,9 @@ def run(epochs: int, seeds: int, rounds: int, console: Console) -> tuple[dict[st
     drawn = [timeline(v.panel, t) for v, t in zip(rows, trainers, strict=True) if v.panel]
     results = {
         "version": 1,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "command": f"python -m benchmarks.demo --epochs {epochs} --seeds {seeds} --rounds {rounds}",
+        "commit": commit(Path(__file__).parent),
+        "machine": machine(),
         "epochs": epochs,
         "seeds": seeds,
         "batch": BATCH,

@@ -18,7 +18,27 @@ from benchmarks import accuracy
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results:(?P=name) -->)", re.DOTALL)
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"signs": accuracy.table}
+MIB = 2**20
+
+
+def step_table(results: dict[str, Any]) -> str:
+    """One row per case: dense in its faster layout beside ours in channels_last."""
+    lines = [
+        "| trained | saved MiB: dense | ours | peak MiB: dense | ours | time / dense |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for case in results["cases"].values():
+        found = case["variants"]
+        dense = min(
+            (found["dense_nchw"], found["dense_channels_last"]), key=lambda row: float(row["median_ms"])
+        )
+        ours = found["ours_channels_last"]
+        numbers = [f"{row[key] / MIB:.1f}" for key in ("saved", "peak") for row in (dense, ours)]
+        lines.append(f"| {case['title']} | {' | '.join(numbers)} | {ours['time_ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"signs": accuracy.table, "step": step_table}
 
 
 def filled(text: str, results: Path = RESULTS) -> str:

@@ -7,22 +7,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.readme import filled
+
 ROOT = Path(__file__).resolve().parent.parent
 PNG = b"\x89PNG"
 
 
-def test_demo(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.demo", "--out", str(tmp_path)]
-    tiny = ["--seeds", "1", "--epochs", "1", "--rounds", "3"]
-    done = subprocess.run(
-        [*command, *tiny], cwd=ROOT, check=False, capture_output=True, text=True, timeout=280
-    )
+def run_module(name: str, *arguments: str) -> str:
+    """Standard output of `python -m benchmarks.NAME`."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_demo(tmp_path: Path) -> None:
+    shown = run_module("demo", "--out", str(tmp_path), "--seeds", "1", "--epochs", "1", "--rounds", "3")
     rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
     dense = min(row["peak"] for row in rows if row["policy"].startswith("dense"))
     for row in rows:
-        assert row["policy"] in done.stdout
+        assert row["policy"] in shown
         assert row["budget"] is None or row["cost"] <= row["budget"]
         assert row["policy"].startswith("dense") or row["peak"] < 0.6 * dense, row
     for name in ("demo-accuracy.png", "demo-step.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
+
+
+def test_step_reaches_the_readme(tmp_path: Path) -> None:
+    tiny = ["--case", "last", "--batch", "2", "--size", "32", "--rounds", "2"]
+    run_module("step", "--out", str(tmp_path), "--name", "step", *tiny)
+    title = json.loads((tmp_path / "step.json").read_text())["cases"]["last"]["title"]
+    text = filled("<!-- results:step -->\n<!-- /results:step -->\n", tmp_path)
+    assert f"| {title} |" in text
+    assert filled(text, tmp_path) == text
