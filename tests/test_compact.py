@@ -176,25 +176,6 @@ def test_state_of_a_layer_that_was_frozen_in_between_starts_anew() -> None:
     train(model, optimizer, range(2))
 
 
-def test_param_groups_are_kept() -> None:
-    """A layer's parameters return to the group they were in; a new layer joins the first, or where `group` says."""
-    model = converted_net()
-    sb.apply(model, {"hidden": [0, 1], "head": [0]})
-    layers = sb.layers(model)
-    groups = [
-        {"params": [layers["hidden"].trainable_weight, layers["hidden"].trainable_bias], "lr": 0.1},
-        {"params": [layers["head"].trainable_weight, layers["head"].trainable_bias], "lr": 0.2},
-    ]
-    optimizer = torch.optim.SGD(groups, momentum=0.9)
-    sb.apply(model, {"head": [1, 2], "hidden": [5], "grouped": [3]}, optimizer)
-    layers = sb.layers(model)
-    where = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    assert where[id(layers["hidden"].trainable_weight)] == where[id(layers["grouped"].trainable_weight)] == 0
-    assert where[id(layers["head"].trainable_weight)] == where[id(layers["head"].trainable_bias)] == 1
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
-    assert len(where) == len(sb.trainable_parameters(model))
-
-
 def test_gradients_and_state_have_the_size_of_the_selection() -> None:
     model = converted_net()
     selection = drawn_selection(0)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse_bwd as sb
-from tests.networks import batch, converted_net, drawn_selection, frozen_norms, tiny_net
+from tests.networks import batch, converted_net, frozen_norms, tiny_net
 from tests.tolerance import assert_close_to_oracle, assert_same_bits
 
 SELECTED = {
@@ -253,48 +253,6 @@ def test_average_of_a_converted_model() -> None:
         assert_same_bits(value[unchanged], first[key][unchanged], f"unselected part of {key}")
 
 
-def test_apply_in_the_middle_of_an_accumulation_window_is_refused() -> None:
-    model = selected_net()
-    optimizer = torch.optim.SGD(sb.trainable_parameters(model), lr=0.1)
-    loss_of(model).backward()
-    before = {
-        name: (layer.channels.clone(), layer.trainable_weight) for name, layer in sb.layers(model).items()
-    }
-    held = [p.grad.clone() for p in sb.trainable_parameters(model)]
-    for arguments in ((model, drawn_selection(3), optimizer), (model, drawn_selection(3))):
-        with pytest.raises((RuntimeError, ValueError), match="gradient"):
-            sb.apply(*arguments)
-    for name, layer in sb.layers(model).items():
-        assert torch.equal(layer.channels, before[name][0]) and layer.trainable_weight is before[name][1]
-    for one, two in zip((p.grad for p in sb.trainable_parameters(model)), held, strict=True):
-        assert_same_bits(one, two)
-    optimizer.zero_grad()
-    sb.apply(model, drawn_selection(3), optimizer)
-
-
-def test_apply_after_zeroed_gradients_is_legal() -> None:
-    model = selected_net()
-    optimizer = torch.optim.SGD(sb.trainable_parameters(model), lr=0.1)
-    loss_of(model).backward()
-    optimizer.zero_grad(set_to_none=False)
-    sb.apply(model, drawn_selection(3), optimizer)
-
-
-def test_apply_is_all_or_nothing() -> None:
-    """A selection that does not fit names the layer and changes nothing."""
-    model = selected_net()
-    before = {name: layer.trainable_weight for name, layer in sb.layers(model).items()}
-    for wrong, message in (
-        ({"head": [0], "hidden": [99]}, "hidden"),
-        ({"head": [0], "hiden": [1]}, "hidden"),
-        ({"head": [0], "stem.0": [-1]}, "stem.0"),
-        ({"head": [0], "pool": [1]}, "pool"),
-    ):
-        with pytest.raises((ValueError, KeyError, TypeError), match=message):
-            sb.apply(model, wrong)
-        assert {name: layer.trainable_weight for name, layer in sb.layers(model).items()} == before
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_dtype_moves_carry_the_stepped_values(dtype: torch.dtype) -> None:
     model = selected_net()
@@ -308,17 +266,3 @@ def test_dtype_moves_carry_the_stepped_values(dtype: torch.dtype) -> None:
         assert_same_bits(value, expected[key], key)
     model(batch()[0].to(dtype)).sum().backward()
     assert all(p.grad.dtype is dtype for p in sb.trainable_parameters(model))
-
-
-def test_a_norm_that_cannot_be_selected_stops_the_whole_selection() -> None:
-    """A norm that trains as PyTorch's, or has no shift, is refused by name before any layer changes."""
-    training = tiny_net()
-    sb.convert(training, batch_norm="train", always_train=[])
-    bare = tiny_net()
-    bare.norm = nn.BatchNorm2d(8, affine=False)
-    sb.convert(bare, always_train=[])
-    for model in (training, bare):
-        before = {name: layer.trainable_weight for name, layer in sb.layers(model).items()}
-        with pytest.raises(ValueError, match="norm"):
-            sb.apply(model, {"stem.0": [1], "hidden": [0], "norm": [0, 3]})
-        assert {name: layer.trainable_weight for name, layer in sb.layers(model).items()} == before
