@@ -24,6 +24,9 @@ MIB = 2**20
 def step_table(results: dict[str, Any]) -> str:
     """One row per case: dense in its faster layout beside ours in channels_last."""
     lines = [
+        f"Forward + backward on {results['machine']['threads']} CPU threads, batch {results['batch']} at "
+        f"{results['size']}x{results['size']}, norms frozen; [step.md](benchmarks/results/step.md):",
+        "",
         "| trained | saved MiB: dense | ours | peak MiB: dense | ours | time / dense |",
         "|---|--:|--:|--:|--:|--:|",
     ]
@@ -38,7 +41,13 @@ def step_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"signs": accuracy.table, "step": step_table}
+def accuracy_table(record: dict[str, Any]) -> str:
+    """The accuracy table under a line that says what it is."""
+    title = f"{record['title']}, {record['threads']} CPU threads; data and commands: [signs.md](benchmarks/results/signs.md):"
+    return f"\n{title}\n\n{accuracy.table(record)}"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"signs": accuracy_table, "step": step_table}
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
