@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_bwd.memory import SavedTensors, saved_bytes, saved_storages, timeline
+from sparse_bwd.memory import SavedTensors, resident_bytes, saved_bytes, saved_storages, timeline
 
 FP32 = 4
 
@@ -75,6 +75,23 @@ def test_what_the_graph_drops_is_not_counted() -> None:
 def test_after_backward_nothing_is_kept() -> None:
     layer, x = nn.Linear(8, 3), torch.randn(5, 8)
     assert saved_bytes(lambda: layer(x).sum().backward()) == 0
+
+
+def test_the_count_leaves_nothing_behind() -> None:
+    """Tanh saves its own output: kept with its graph, that output would hold the graph for ever."""
+    model, x = nn.Sequential(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh()), torch.randn(64, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        model(x).sum().backward()
+        optimizer.zero_grad(set_to_none=True)
+
+    saved_bytes(lambda: model(x))
+    before = resident_bytes()
+    for _ in range(3):
+        saved_bytes(lambda: model(x))
+        timeline(step, model, optimizer)
+    assert resident_bytes() - before < 64 * 512 * FP32
 
 
 def test_checkpointing_keeps_the_input_only() -> None:

@@ -177,6 +177,12 @@ def test_an_output_without_floats_needs_a_loss() -> None:
         predict(model, {"0": [0]}, torch.randn(5, 6))
 
 
+def test_a_step_that_reads_values_is_refused() -> None:
+    model = converted()
+    with pytest.raises(ValueError, match="measure with saved_bytes"):
+        predict(model, {"stem.0": [0]}, torch.randn(X), loss=lambda out: out[out > 0].sum())
+
+
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
 def test_whole_networks(name: str) -> None:
     """Saved within 1 % (in fact exact), peak within 10 %: operators' own scratch memory follows a rule of thumb.

@@ -9,7 +9,7 @@ convolutions from a rule (`scratch.py`).
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,10 @@ def predict(
         probe, axis: the images on which velocity will be measured, and its axis; None = no velocity.
 
     The model stays as it is: its values, its selection, its mode and the random state are not touched.
+
+    Raises:
+        ValueError: an unknown optimizer; no loss where the output has no floating-point tensor; a selection that does
+            not fit; a model or loss that reads values (`.item()`, boolean indexing).
     """
     make = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
     if make is None:
@@ -84,7 +88,7 @@ def predict(
         apply(fake, selection)
     inputs = _map(example, mode.from_tensor)
     run = _Run(fake, make, loss)
-    with mode:
+    with mode, _clear_refusal():
         run.step(inputs)  # creates the optimizer's state
         line = run.watched_step(inputs)
         velocity = _velocity_bytes(fake, _map(probe, mode.from_tensor), axis) if probe is not None else 0
@@ -97,6 +101,20 @@ def predict(
         peak=line.peak,
         layers=run.layers,
     )
+
+
+@contextlib.contextmanager
+def _clear_refusal() -> Iterator[None]:
+    """Say what to do where a model needs values, not only shapes."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"The step reads values ({error.func}), which a prediction without data cannot follow; "
+            "apply the selection and measure with saved_bytes and peak_bytes instead."
+        ) from error
 
 
 def fake_copy(model: nn.Module) -> tuple[nn.Module, Any]:

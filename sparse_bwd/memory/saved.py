@@ -31,12 +31,17 @@ class Kept:
 
 
 class _Held:
-    """What autograd keeps in place of a saved tensor; it dies with the graph that holds it."""
+    """What autograd keeps in place of a saved tensor; it dies with the graph that holds it.
 
-    __slots__ = ("__weakref__", "keepers", "tensor")
+    What has a node is detached: an output that its own node saves would otherwise hold that node, and the graph would
+    never be released.
+    """
+
+    __slots__ = ("__weakref__", "keepers", "parameter", "tensor")
 
     def __init__(self, tensor: Tensor, keepers: tuple[nn.Module, ...]) -> None:
-        self.tensor = tensor
+        self.tensor = tensor if tensor.grad_fn is None else tensor.detach()
+        self.parameter = isinstance(tensor, nn.Parameter)
         self.keepers = keepers
 
 
@@ -92,7 +97,7 @@ class SavedTensors:
             held = reference()
             if held is not None:
                 groups.setdefault(storage_key(held.tensor), []).append(held)
-                if isinstance(held.tensor, nn.Parameter):
+                if held.parameter:
                     constant.add(storage_key(held.tensor))
         return [_describe(group, key in constant) for key, group in groups.items()]
 

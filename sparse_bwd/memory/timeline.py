@@ -65,7 +65,7 @@ def timeline(
     def pack(tensor: Tensor) -> Tensor:
         if storage_key(tensor) not in constant:
             mark("activation", tensor)
-        return tensor
+        return tensor.detach()  # an output that its own node saves must not hold that node
 
     def run() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
