@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,9 +34,9 @@ from sparse_bwd.measure.machine import commit, machine
 from sparse_bwd.selection import Policy, Scheme
 from sparse_bwd.training.files import write_json
 
+Json = dict[str, Any]
 MIB = 2**20
 LEARNING_RATE = 3e-3
-PRETRAIN_EPOCHS = 8
 TRAIN_SHARE = 0.6
 PROBE_IMAGES = 10
 # An own Sparse Update scheme: an eighth to a quarter of the last three pointwise convolutions, 12 % of the weights.
@@ -98,7 +100,7 @@ class Trainer:
             for batch in self.data.batches(self.generator):
                 self.step(self.data.x[batch], self.data.y[batch])
                 schedule.step()
-        return accuracy(self.model, self.data)
+        return self.data.accuracy(self.model)
 
     def train_mode(self) -> None:
         """Training mode; the norm layers of plain PyTorch keep their statistics."""
@@ -116,14 +118,6 @@ def freeze_norms(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.eval().requires_grad_(False)
-
-
-def accuracy(model: nn.Module, data: Digits) -> float:
-    """Share of the test images that are classified rightly, in per cent."""
-    model.eval()
-    with torch.no_grad():
-        right = model(data.x_test).argmax(1) == data.y_test
-    return 100 * float(right.float().mean())
 
 
 def pretrain(epochs: int) -> nn.Sequential:
@@ -185,7 +179,7 @@ def measure_ms(trainers: list[Trainer], rounds: int) -> list[float]:
     return [statistics.median(own[2:]) for own in times]
 
 
-def measure_row(variant: Variant, trainer: Trainer, ms: float) -> dict[str, Any]:
+def measure_row(variant: Variant, trainer: Trainer, ms: float) -> Json:
     """What the table and the JSON say of one variant; sizes in bytes."""
     x, y = trainer.batch()
     model, report = trainer.model, trainer.policy.report if trainer.policy else None
@@ -209,14 +203,16 @@ def measure_row(variant: Variant, trainer: Trainer, ms: float) -> dict[str, Any]
     }
 
 
-def run(epochs: int, seeds: int, rounds: int, console: Console) -> tuple[dict[str, Any], dict[str, Any]]:
+def run(
+    first_epochs: int, epochs: int, seeds: int, rounds: int, console: Console
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Pretrain once, adapt every variant with every seed, then measure the models of seed 0.
 
     Returns the table with what it was measured on, and the timelines of the step figure.
     """
-    pretrained, rows = pretrain(PRETRAIN_EPOCHS), variants()
+    pretrained, rows = pretrain(first_epochs), variants()
     console.print(
-        f"pretrained on the digits 0-4: {accuracy(pretrained, Digits.load(0, 0.8, seed=0)):.1f} % of them right"
+        f"pretrained on the digits 0-4: {Digits.load(0, 0.8, seed=0).accuracy(pretrained):.1f} % of them right"
     )
     for seed in range(seeds):
         data = Digits.load(5, TRAIN_SHARE, seed)
@@ -234,7 +230,7 @@ def run(epochs: int, seeds: int, rounds: int, console: Console) -> tuple[dict[st
     drawn = [timeline(v.panel, t) for v, t in zip(rows, trainers, strict=True) if v.panel]
     results = {
         "version": 1,
-        "command": f"python -m benchmarks.demo --epochs {epochs} --seeds {seeds} --rounds {rounds}",
+        "command": "python -m benchmarks.demo " + shlex.join(sys.argv[1:]),
         "commit": commit(Path(__file__).parent),
         "machine": machine(),
         "epochs": epochs,
@@ -245,14 +241,14 @@ def run(epochs: int, seeds: int, rounds: int, console: Console) -> tuple[dict[st
     return results, {"version": 1, "timelines": drawn}
 
 
-def timeline(title: str, trainer: Trainer) -> dict[str, Any]:
+def timeline(title: str, trainer: Trainer) -> Json:
     """Allocated bytes over one step of `trainer`, by kind."""
     x, y = trainer.batch()
     found = sb.memory.timeline(lambda: trainer.step(x, y), trainer.model, trainer.optimizer)
     return {"title": title, **found.to_dict()}
 
 
-def table_of(results: dict[str, Any]) -> Table:
+def table_of(results: Json) -> Table:
     """The results as a table for people."""
     title = f"digits 5-9, {results['seeds']} seeds, batch {BATCH}, {results['epochs']} epochs"
     table = Table(title=title, caption="dense: plain PyTorch, all weights trained; sizes and times: seed 0")
@@ -277,13 +273,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Adapt a small network to new digits under several budgets.")
     parser.add_argument("--out", type=Path, default=Path("demo-results"), help="folder for all results")
     parser.add_argument("--figures", type=Path, help="another folder for the figures")
+    parser.add_argument("--pretrain-epochs", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each variant")
     arguments = parser.parse_args()
     console = Console(width=None if os.isatty(1) else 120)
     start = time.perf_counter()
-    results, steps = run(arguments.epochs, arguments.seeds, arguments.rounds, console)
+    counts = (arguments.pretrain_epochs, arguments.epochs, arguments.seeds, arguments.rounds)
+    results, steps = run(*counts, console)
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "demo.json", results)
     write_json(arguments.out / "demo-steps.json", steps)

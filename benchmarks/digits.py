@@ -63,3 +63,10 @@ class Digits:
         """Indices of the batches of one epoch in a new order; the last, incomplete batch is dropped."""
         order = torch.randperm(len(self.y), generator=generator)
         return [batch for batch in order.split(BATCH) if len(batch) == BATCH]
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Share of the test images that `model` classifies rightly, in per cent; leaves it in eval mode."""
+        model.eval()
+        with torch.no_grad():
+            right = model(self.x_test).argmax(1) == self.y_test
+        return 100 * float(right.float().mean())

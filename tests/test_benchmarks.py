@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,17 @@ PNG = b"\x89PNG"
 def run_module(name: str, *arguments: str) -> str:
     """Standard output of `python -m benchmarks.NAME`."""
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=280)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the other tests run beside it
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_demo(tmp_path: Path) -> None:
-    shown = run_module("demo", "--out", str(tmp_path), "--seeds", "1", "--epochs", "1", "--rounds", "3")
+    tiny = ["--pretrain-epochs", "1", "--seeds", "1", "--epochs", "1", "--rounds", "3"]
+    shown = run_module("demo", "--out", str(tmp_path), *tiny)
     rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
     dense = min(row["peak"] for row in rows if row["policy"].startswith("dense"))
     for row in rows:

@@ -18,7 +18,8 @@ def run_python(code: str) -> str:
 
 
 def test_import_adds_little_to_torch():
-    code = "import time, torch; t = time.perf_counter(); import sparse_bwd; print(time.perf_counter() - t)"
+    # Time of the processor, so that what else runs on the machine does not count.
+    code = "import time, torch; t = time.process_time(); import sparse_bwd; print(time.process_time() - t)"
     run_python(code)  # fills the file cache and writes the .pyc files
     seconds = [float(run_python(code)) for _ in range(5)]
     assert statistics.median(seconds) < LIMIT_S, seconds
