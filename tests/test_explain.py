@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import sparse_bwd as sb
 from sparse_bwd.measure.selections import share_of_channels
 from sparse_bwd.memory import explain, saved_bytes
+from sparse_bwd.memory.advice import how_to_free
 from tests.networks import tiny_net
 
 
@@ -69,6 +70,10 @@ def test_advice_follows_the_keeper() -> None:
     )  # torch.relu in the model's own forward
     assert "freeze it: Linear is trained whole" in free["head"]
     assert any("fewer input channels" in advice for advice in by_keeper(converted(axis="in"), x)["stem.0"])
+
+
+def test_what_no_module_keeps_is_said_to_be_outside() -> None:
+    assert "the loss, or code around the model" in how_to_free(None, torch.float32)
 
 
 def test_the_advice_is_true() -> None:

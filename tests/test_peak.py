@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.memory import Peak, peak_bytes, step_peak
+from sparse_bwd.memory import Peak, peak_bytes, resident_bytes, step_peak
 from sparse_bwd.memory import events as allocator
 
 MIB = 2**20
@@ -45,6 +45,19 @@ def test_what_was_alive_before_is_resident_and_not_in_the_peak() -> None:
     assert measured.reserved is None
     del before
     assert peak_bytes(lambda: None, "cpu").resident <= measured.resident - 7 * MIB
+
+
+def test_gradients_are_resident_and_other_memory_is_not() -> None:
+    layer = nn.Linear(512, 512, bias=False)
+    without = resident_bytes()
+    elsewhere = [torch.zeros(MIB, device="meta"), torch.eye(9).to_sparse()]
+    layer(torch.ones(1, 512)).sum().backward()
+    assert 512 * 512 * 4 <= resident_bytes() - without < 512 * 512 * 4 + 4096
+    del elsewhere
+
+
+def test_the_device_is_guessed() -> None:
+    assert peak_bytes(lambda: block(2)).peak == 2 * MIB
 
 
 def test_a_view_adds_nothing_to_resident() -> None:

@@ -202,6 +202,22 @@ def test_whole_networks(name: str) -> None:
     assert abs(prediction.peak - measured) <= 0.1 * measured
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_plain_network_can_be_predicted_too(layout: torch.memory_format) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3, padding=1))
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    x = torch.randn(16, 3, 32, 32).contiguous(memory_format=layout)
+
+    def step() -> None:
+        model(x).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    prediction = predict(model, None, x, optimizer="sgd")
+    assert prediction.saved == saved_bytes(lambda: model(x))
+    measured = peak_bytes(step, "cpu").peak
+    assert abs(prediction.peak - measured) <= 0.1 * measured
+
+
 def test_reorders_outside_channels_last_are_in_the_peak() -> None:
     model, x = nn.Sequential(nn.Conv2d(16, 64, 1, bias=False)), torch.randn(16, 16, 64, 64)
     last = x.contiguous(memory_format=torch.channels_last)

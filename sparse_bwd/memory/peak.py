@@ -46,20 +46,19 @@ def peak_bytes(fn: Callable[[], object], device: str | torch.device | None = Non
         kind = "cuda" if torch.cuda.is_available() and torch.cuda.memory_allocated() > 0 else "cpu"
     else:
         kind = torch.device(device).type
-    if kind == "cpu":
-        resident = resident_bytes()
-        return Peak(_running_maximum(fn), resident)
-    if kind == "cuda":
-        return _cuda_peak(fn, device)
-    raise ValueError(f"Peak bytes can be measured on cpu and cuda, not on {kind}.")
+    meters = {"cpu": _cpu_peak, "cuda": _cuda_peak}
+    if kind not in meters:
+        raise ValueError(f"Peak bytes can be measured on cpu and cuda, not on {kind}.")
+    return meters[kind](fn, device)
 
 
-def _running_maximum(fn: Callable[[], object]) -> int:
+def _cpu_peak(fn: Callable[[], object], device: str | torch.device | None) -> Peak:
+    resident = resident_bytes()
     allocated = highest = 0
     for event in record(fn, "cpu"):
         allocated += event.nbytes
         highest = max(highest, allocated)
-    return highest
+    return Peak(highest, resident)
 
 
 def _cuda_peak(

@@ -216,17 +216,14 @@ class _Allocations(TorchDispatchMode):
         known = {storage_key(tensor) for tensor in _tensors((args, kwargs or {}))}
         result = func(*args, **(kwargs or {}))
         scratch = scratch_bytes(func, args, result)
-        for tensor in _tensors(result):
-            if storage_key(tensor) not in known:
-                self._watch(tensor)
+        for key, tensor in {storage_key(tensor): tensor for tensor in _tensors(result)}.items():
+            if key not in known:
+                self._watch(key, tensor.untyped_storage())
         if scratch:
             self._passing(scratch)
         return result
 
-    def _watch(self, tensor: Tensor) -> None:
-        key, storage = storage_key(tensor), tensor.untyped_storage()
-        if key in self._alive:
-            return
+    def _watch(self, key: int, storage: torch.UntypedStorage) -> None:
         size = int(storage.nbytes())
         self.events.append(Event(len(self.events), key, size))
 
