@@ -90,10 +90,16 @@ def filled(layer: Any, pick: Pick) -> Any:
     return layer
 
 
-def _stride_along_width(options: dict[str, Any]) -> int:
-    """PyTorch 2.14 on CPU reads past bfloat16 images narrower than this: garbage in dw, or a crash in forward."""
+def sane(options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+    """Steer a drawn convolution clear of what PyTorch 2.14 cannot do on CPU where an image is narrower than the stride.
+
+    With dilation its forward crashes, in bfloat16 its dw is read from beyond the image. Changes `options` in place.
+    """
     stride = options["stride"]
-    return stride[1] if isinstance(stride, tuple) else stride  # type: ignore[no-any-return]
+    if shape[-1] >= (stride[1] if isinstance(stride, tuple) else stride):
+        return dtype
+    options["dilation"] = 1
+    return torch.float32 if dtype is torch.bfloat16 else dtype
 
 
 def check_drawn(pick: Pick) -> str:
@@ -101,8 +107,8 @@ def check_drawn(pick: Pick) -> str:
     conv = pick((True, True, True, False))
     options, shape = draw_conv(pick) if conv else draw_linear(pick)
     dtype = pick(DTYPES)
-    if conv and dtype is torch.bfloat16 and shape[-1] < _stride_along_width(options):
-        dtype = torch.float32
+    if conv:
+        dtype = sane(options, shape, dtype)
     stock_type, our_type = (nn.Conv2d, sb.SparseConv2d) if conv else (nn.Linear, sb.SparseLinear)
     stock, refusal = attempt(lambda: stock_type(**options, dtype=dtype))
     ours, our_refusal = attempt(lambda: our_type(**options, dtype=dtype))

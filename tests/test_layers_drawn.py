@@ -8,20 +8,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.drawn import check_drawn
+from tests.drawn_lean import check_drawn_lean
 
 LONG_SHARDS = 20
 LONG_CASES = 100_000
+LONG_LEAN_CASES = 20_000
 
 
-@settings(
+drawn = settings(
     max_examples=150,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+
+@drawn
 @given(st.data())
 def test_drawn_cases(data: st.DataObject) -> None:
     check_drawn(lambda choices: data.draw(st.sampled_from(choices)))
+
+
+@drawn
+@given(st.data())
+def test_drawn_lean_cases(data: st.DataObject) -> None:
+    check_drawn_lean(lambda choices: data.draw(st.sampled_from(choices)))
 
 
 def test_drawn_cases_without_hypothesis() -> None:
@@ -29,6 +40,8 @@ def test_drawn_cases_without_hypothesis() -> None:
     pick = random.Random(0).choice
     outcomes = Counter(check_drawn(pick) for _ in range(400))
     assert outcomes["equal"] > 200 and outcomes["refused"] > 10 and outcomes["dead"] > 5, outcomes
+    outcomes = Counter(check_drawn_lean(pick) for _ in range(400))
+    assert outcomes["equal"] > 200 and outcomes["refused"] > 10, outcomes
 
 
 @pytest.mark.long
@@ -37,3 +50,5 @@ def test_a_hundred_thousand_drawn_cases(shard: int) -> None:
     pick = random.Random(1000 + shard).choice
     for _ in range(LONG_CASES // LONG_SHARDS):
         check_drawn(pick)
+    for _ in range(LONG_LEAN_CASES // LONG_SHARDS):
+        check_drawn_lean(pick)

@@ -224,6 +224,15 @@ def test_max_pool_falls_back(options: dict[str, Any]) -> None:
     assert_same_bits(our_dx, dx)
 
 
+def test_max_pool_of_an_image_smaller_than_the_dilation_is_stock() -> None:
+    """Some windows hold padding only: PyTorch's index points outside, which no offset in a window can say."""
+    x = torch.randn(1, 1, 5, 1, requires_grad=True)
+    options: dict[str, Any] = {"kernel_size": 2, "stride": 3, "padding": 1, "dilation": 2}
+    y = sb.MaxPool2d(**options)(x)
+    assert type(y.grad_fn).__name__ == type(nn.MaxPool2d(**options)(x).grad_fn).__name__
+    assert_same_bits(y.detach(), nn.MaxPool2d(**options)(x).detach())
+
+
 def test_max_pool_refuses_what_pytorch_refuses() -> None:
     for options, shape in (
         ({"kernel_size": 2, "padding": 2}, (1, 1, 5, 5)),

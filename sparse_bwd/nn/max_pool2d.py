@@ -40,11 +40,13 @@ class MaxPool2d(nn.MaxPool2d):
     """`torch.nn.MaxPool2d` that keeps Y bytes; stock where indices are returned or a window has over 256 elements."""
 
     def forward(self, input: Tensor) -> Any:
-        kernel, stride = _pair(self.kernel_size), _pair(self.stride)
+        kernel, stride, dilation = _pair(self.kernel_size), _pair(self.stride), _pair(self.dilation)
         lean = torch.is_grad_enabled() and input.requires_grad and kernel[0] * kernel[1] <= 256
         if not lean or self.return_indices or input.dim() not in (3, 4) or input.numel() == 0:
             return super().forward(input)
-        window = (kernel, stride, _pair(self.padding), _pair(self.dilation), self.ceil_mode)
+        if input.shape[-2] < dilation[0] or input.shape[-1] < dilation[1]:
+            return super().forward(input)  # a window may lie in the padding alone and have no offset
+        window = (kernel, stride, _pair(self.padding), dilation, self.ceil_mode)
         batch = input if input.dim() == 4 else input.unsqueeze(0)
         y = MaxPool2dFunction.apply(batch, window)[0]
         return y if input.dim() == 4 else y.squeeze(0)
