@@ -1,5 +1,8 @@
 """apply: what it refuses, that a refusal changes nothing, and where new Parameters go in an optimizer."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -177,3 +180,15 @@ def test_whole_layers_and_parts_exchange_their_state(name: str) -> None:
     sb.apply(model, {"grouped": sb.Channels([1, 6], axis="in", bias="all")}, optimizer)
     for key, value in before.items():
         assert_same_bits(optimizer.state[model.grouped.trainable_weight][key], value, key)
+
+
+def test_what_is_no_longer_selected_is_freed() -> None:
+    """Neither the layer nor the optimizer keeps an old compact Parameter, its gradient or its state alive."""
+    model = selected_net()
+    optimizer = OPTIMIZERS["adamw"](sb.trainable_parameters(model))
+    train(model, optimizer, range(2))
+    held = [weakref.ref(p) for p in sb.trainable_parameters(model)]
+    held += [weakref.ref(s["exp_avg"]) for s in optimizer.state.values()]
+    sb.apply(model, {"depthwise.0": [0]}, optimizer)
+    gc.collect()
+    assert not [tensor().shape for tensor in held if tensor() is not None]
