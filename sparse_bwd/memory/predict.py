@@ -89,7 +89,7 @@ def predict(
     inputs = _map(example, mode.from_tensor)
     run = _Run(fake, make, loss)
     with mode, _clear_refusal():
-        run.step(inputs)  # creates the optimizer's state
+        run.first_step(inputs)
         line = run.watched_step(inputs)
         velocity = _velocity_bytes(fake, _map(probe, mode.from_tensor), axis) if probe is not None else 0
     return Prediction(
@@ -152,9 +152,9 @@ class _Run:
         self.layers: dict[str, int] = {}
         self.grads = 0
 
-    def step(self, inputs: Any, on_saved: Callable[[SavedTensors], None] = lambda _: None) -> None:
+    def step(self, inputs: Any, saved: SavedTensors, on_saved: Callable[[SavedTensors], None]) -> None:
         """One step, from forward to `zero_grad`; `on_saved` is called when forward and loss are over."""
-        with SavedTensors() as saved:
+        with saved:
             output = call(self.model, inputs)
             value = None if self.loss is None else self.loss(output)
         on_saved(saved)
@@ -167,6 +167,18 @@ class _Run:
         self._update(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
 
+    def first_step(self, inputs: Any) -> None:
+        """A step that creates the optimizer's state and fills `layers`."""
+
+        def on_saved(saved: SavedTensors) -> None:
+            for kept in saved.storages():
+                if not kept.constant:
+                    chain = kept.keepers[0]
+                    name = self.names.get(chain[0], "") if chain else ""
+                    self.layers[name] = self.layers.get(name, 0) + kept.nbytes
+
+        self.step(inputs, SavedTensors(), on_saved)
+
     def _update(self, optimizer: Optimizer) -> None:
         """An optimizer step, as far as it goes without data."""
         from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -176,15 +188,10 @@ class _Run:
             optimizer.step()
 
     def watched_step(self, inputs: Any) -> Timeline:
-        """A step whose allocations are followed; fills `layers`."""
+        """A step whose allocations are followed."""
         watch = _Allocations()
 
         def on_saved(saved: SavedTensors) -> None:
-            for kept in saved.storages():
-                if not kept.constant:
-                    chain = kept.keepers[0]
-                    name = self.names.get(chain[0], "") if chain else ""
-                    self.layers[name] = self.layers.get(name, 0) + kept.nbytes
             for tensor in saved.tensors():
                 watch.mark("activation", tensor)
 
@@ -193,7 +200,7 @@ class _Run:
             for parameter in self.trained
         ]
         with watch:
-            self.step(inputs, on_saved)
+            self.step(inputs, SavedTensors(keepers=False), on_saved)
         for handle in handles:
             handle.remove()
         return stack(watch.events, {})

@@ -66,9 +66,12 @@ class SavedTensors:
     """Context manager that records what autograd saves while it is open.
 
     `storages()` lists what is still kept at the time of the call, so the forward's result must be alive then.
+    Looking for keepers makes Python (before 3.13) hold the local variables of running functions a little longer;
+    without `keepers` nothing lives longer than it would, but parameters and buffers must be named as `constants`.
     """
 
-    def __init__(self, constants: Iterable[Tensor | nn.Module] = ()) -> None:
+    def __init__(self, constants: Iterable[Tensor | nn.Module] = (), keepers: bool = True) -> None:
+        self._look = keepers
         self._held: list[weakref.ref[_Held]] = []
         self._constants = list(constants)
         self._roots: set[nn.Module] = set()
@@ -82,7 +85,7 @@ class SavedTensors:
         self._hooks.__exit__(*exception)
 
     def _pack(self, tensor: Tensor) -> _Held:
-        keepers = calling_modules(2)
+        keepers = calling_modules(2) if self._look else ()
         if keepers:
             self._roots.add(keepers[-1])
         held = _Held(tensor, keepers)
