@@ -7,7 +7,6 @@ that is shared, or whose weight is tied or computed: those are left alone, and t
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Iterable
@@ -183,12 +182,13 @@ def _reasons(model: nn.Module) -> dict[nn.Module, str]:
     owners: dict[Tensor, list[nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
+    bypassed = {kind: _bypassed(kind) for kind in {type(module) for module in names}}
     for module in names:
         for tensor in module._parameters.values():
             if tensor is not None:
                 owners.setdefault(tensor, []).append(module)
         for attribute, child in module.named_children():
-            if isinstance(module, nn.MultiheadAttention) or attribute in _bypassed(type(module)):
+            if isinstance(module, nn.MultiheadAttention) or attribute in bypassed[type(module)]:
                 parent = type(module).__name__
                 reasons[child] = f"bypassed by its parent {parent}, which reads its weight directly"
     for module, known in names.items():
@@ -201,7 +201,6 @@ def _reasons(model: nn.Module) -> dict[nn.Module, str]:
     return reasons
 
 
-@functools.cache
 def _bypassed(parent: type[nn.Module]) -> frozenset[str]:
     """Attributes whose weight the class's forward methods read as `self.<attribute>.weight`, as its source shows.
 

@@ -14,7 +14,7 @@ one's backward. Staleness is caught by saving the compact Parameter for backward
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sparse_bwd.ops.write_back import read_slices
 
+Move = Callable[[Tensor | None], Tensor | None]
 TRAINABLE = {"weight": "trainable_weight", "bias": "trainable_bias"}
 
 
@@ -242,21 +243,30 @@ class CompactLayer(nn.Module):
         super()._apply(fn, recurse)
         full = next((p for n in TRAINABLE if (p := self._parameters.get(n)) is not None), None)
         if full is not None:
-            self._move_index(full.device)
+            self._move_index(mover(full.device))
         self._synced = {}
         return self
 
-    def _move_index(self, device: torch.device) -> None:
+    def _move_index(self, move: Move) -> None:
         """Bring index vectors to the device of the parameters."""
-        self._index = None if self._index is None else self._index.to(device)
-        self._slots = {
-            n: replace(s, index=None if s.index is None else s.index.to(device))
-            for n, s in self._slots.items()
-        }
+        self._index = move(self._index)
+        self._slots = {n: replace(s, index=move(s.index)) for n, s in self._slots.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronise()
         return {**self.__dict__, "_synced": {}}
+
+
+def mover(device: torch.device) -> Move:
+    """A function that moves index vectors to `device`; a vector that is held in two places stays one."""
+    moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def move(vector: Tensor | None) -> Tensor | None:
+        if vector is None:
+            return None
+        return moved.setdefault(id(vector), (vector, vector.to(device)))[1]
+
+    return move
 
 
 def _same_slot(a: Slot, b: Slot) -> bool:

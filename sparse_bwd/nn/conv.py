@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_bwd.nn.compact import CompactLayer, as_index
+from sparse_bwd.nn.compact import CompactLayer, Move, as_index, mover
 from sparse_bwd.nn.first_order import refuse_second_order
 from sparse_bwd.nn.linear import autocast_input, check_words, place_selection
 from sparse_bwd.ops.conv2d_dw import Plan, kept_input, make_plan
@@ -164,13 +164,12 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
         keep = self._index if plan.keep is chosen else plan.keep
         rows = self._index if plan.rows is chosen else plan.rows
         self._plan = plan._replace(keep=keep, rows=rows)
-        self._move_index(self._full("weight").device)
+        self._move_index(mover(self._full("weight").device))
 
-    def _move_index(self, device: torch.device) -> None:
-        super()._move_index(device)
-        *vectors, groups = self._plan
-        keep, spread, rows, pick = (None if v is None else v.to(device) for v in vectors)
-        self._plan = Plan(keep, spread, rows, pick, groups)
+    def _move_index(self, move: Move) -> None:
+        super()._move_index(move)
+        keep, spread, rows, pick, groups = self._plan
+        self._plan = Plan(move(keep), move(spread), move(rows), move(pick), groups)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3:

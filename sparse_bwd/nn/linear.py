@@ -55,6 +55,8 @@ class LinearFunction(torch.autograd.Function):
             kept, weight if needs_dx else None, part if needs_dw else None, rows if needs_dw else None,
             bias_rows if needs_db else None,
         )  # fmt: skip
+        # The layer holds one vector where both are equal, so that no values need to be compared.
+        ctx.same_rows = rows is bias_rows
         ctx.dtypes = [None if p is None else p.dtype for p in (part, part_bias)]
 
     @staticmethod
@@ -64,11 +66,8 @@ class LinearFunction(torch.autograd.Function):
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = dy.matmul(weight.to(dy.dtype))
-        together = rows is bias_rows or (
-            rows is not None and bias_rows is not None and torch.equal(rows, bias_rows)
-        )
         if ctx.needs_input_grad[3]:
-            both = ctx.needs_input_grad[4] and together
+            both = ctx.needs_input_grad[4] and ctx.same_rows
             dw, db = torch.ops.sparse_bwd.linear_dw(x, dy, rows, both)
             dw = dw.to(ctx.dtypes[0])
             db = db if both else None
