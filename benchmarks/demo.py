@@ -277,7 +277,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each variant")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="one suits so small a network, on a busy machine too"
+    )
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     console = Console(width=None if os.isatty(1) else 120)
     start = time.perf_counter()
     counts = (arguments.pretrain_epochs, arguments.epochs, arguments.seeds, arguments.rounds)
