@@ -124,10 +124,8 @@ def pretrain(epochs: int) -> nn.Sequential:
     """The network after some epochs on the digits 0 to 4, norm layers in PyTorch's training mode."""
     torch.manual_seed(0)
     data, model = Digits.load(0, 0.8, seed=0), digit_network().to(memory_format=torch.channels_last)
-    optimizer, generator = (
-        torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE),
-        torch.Generator().manual_seed(0),
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    generator = torch.Generator().manual_seed(0)
     model.train()
     for _ in range(epochs):
         for batch in data.batches(generator):
