@@ -22,7 +22,7 @@ from typing import Any
 
 TIMED_ROUNDS = 3
 # Four short epochs: velocity chooses from the second on, so that the median step is one of its own selections.
-TIMED = "--epochs 4 --limit-train 160 --limit-test 32 --eval-every 4 --no-measure".split()
+TIMED = ["--epochs", "4", "--limit-train", "160", "--limit-test", "32", "--eval-every", "4", "--no-measure"]
 MIB = 2**20
 
 
