@@ -201,7 +201,7 @@ def page(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
     parts = [
         f"# {record['title']}", table(record), "\n".join(f"- {text}" for text in record["about"]), "\n".join(hashes),
-        f"Measured at commit {record['commit']} on {record['device']}, {record['threads']} threads; {versions}. "
+        f"Reported at commit {record['commit']}; device {record['device']}, threads {record['threads']}; {versions}. "
         "Peak: third step, above what was alive before it. "
         "Weights outside the budget (classifier, norm shifts) are not counted.",
         "Warnings of the runs:\n\n" + ("\n".join(warnings) or "none"),

@@ -44,7 +44,7 @@ def step_table(results: dict[str, Any]) -> str:
 def accuracy_table(record: dict[str, Any]) -> str:
     """The accuracy table under a line that says what it is."""
     source = "data and commands in [signs.md](benchmarks/results/signs.md)"
-    return f"\n{record['title']}, {record['threads']} CPU threads; {source}:\n\n{accuracy.table(record)}"
+    return f"\n{record['title']}, CPU threads: {record['threads']}; {source}:\n\n{accuracy.table(record)}"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"signs": accuracy_table, "step": step_table}
