@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class PolicyReport:
         return text
 
 
-class Policy:
+class Policy(ABC):
     """Chooses a selection and applies it. Subclasses implement `_choose`.
 
     Args:
@@ -96,8 +97,9 @@ class Policy:
         self.report = self._report(selection)
         return selection
 
+    @abstractmethod
     def _choose(self) -> Selection:
-        raise NotImplementedError
+        """The selection for the time until the next step; the only thing that a policy must define."""
 
     def _unmeasured(self) -> tuple[str, ...]:
         return ()
@@ -176,7 +178,7 @@ class Policy:
         if not isinstance(state.get("steps"), int) or state["steps"] < 0 or "selection" not in state:
             raise ValueError("The policy state is incomplete: it has no number of steps or no selection.")
 
-    def _load(self, state: Mapping[str, Any]) -> None:
+    def _load(self, state: Mapping[str, Any]) -> None:  # noqa: B027 -- optional
         """Take over what a subclass added to the state; called after every check has passed."""
 
 
@@ -232,6 +234,6 @@ class BudgetPolicy(Policy):
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError("The policy state holds no usable state of the random generator.") from error
 
-    def _load(self, state: Mapping[str, Any]) -> None:
+    def _load(self, state: Mapping[str, Any]) -> None:  # noqa: B027 -- optional
         super()._load(state)
         self.generator.set_state(state["generator"])

@@ -1,6 +1,7 @@
 """Labelled images that are decoded one at a time: files, arrays, torchvision data sets, and subsets of them."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from sparse_bwd.training.images import decode, guarded, open_image
 CHECK_WHOLE_BYTES = 256 * 2**20
 
 
-class Samples:
+class Samples(ABC):
     """`len()` images; `targets[i]` is the class number of image i, `load(i)` the decoded RGB image."""
 
     targets: list[int]
@@ -24,15 +25,15 @@ class Samples:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @abstractmethod
     def load(self, index: int) -> Image.Image:
         """Image `index` as RGB. UserError, naming the image, if it cannot be decoded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """What to call image `index` in a message and in the fingerprint of the data."""
-        raise NotImplementedError
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 -- optional
         """Raises UserError for the first image that is seen to be unreadable without training on it."""
 
     def select(self, keep: Sequence[int]) -> "Subset":
