@@ -234,6 +234,6 @@ class BudgetPolicy(Policy):
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError("The policy state holds no usable state of the random generator.") from error
 
-    def _load(self, state: Mapping[str, Any]) -> None:  # noqa: B027 -- optional
+    def _load(self, state: Mapping[str, Any]) -> None:
         super()._load(state)
         self.generator.set_state(state["generator"])
