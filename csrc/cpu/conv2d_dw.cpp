@@ -1,0 +1,73 @@
+// Tensors of conv2d_dw to the kernels of kernels/conv2d_dw.h.
+#include "cpu/binding.h"
+
+#include <algorithm>
+
+namespace sparse_bwd {
+namespace {
+
+int64_t padded(int64_t count) { return (count + kWidth - 1) / kWidth * kWidth; }
+
+// Where dw[j, i, tap] stands in a partial result, as kernels.h describes it.
+int64_t place(const Conv2dDw& p, int64_t j, int64_t i, int64_t tap) {
+  const int64_t taps = p.window.kh * p.window.kw;
+  if (!p.window.channels_last) return (j * p.per_in + i) * taps + tap;
+  if (p.per_in == 1 && p.selected == p.groups) return tap * padded(p.selected) + j;
+  return (tap * p.selected + j) * padded(p.per_in) + i;
+}
+
+// Adds the runs in their order and writes dw in the layout of x.
+template <class Put>
+void collect(const Conv2dDw& p, const std::vector<float>& partial, int64_t runs, const Put& put) {
+  const int64_t taps = p.window.kh * p.window.kw, size = (int64_t)partial.size() / runs;
+  for (int64_t j = 0; j < p.selected; ++j)
+    for (int64_t i = 0; i < p.per_in; ++i)
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        float total = 0.0f;
+        for (int64_t run = 0; run < runs; ++run) total += partial[run * size + place(p, j, i, tap)];
+        put(p.window.channels_last ? (j * taps + tap) * p.per_in + i : (j * p.per_in + i) * taps + tap, total);
+      }
+}
+
+uint16_t to_bf16(float value) {
+  uint32_t word;
+  __builtin_memcpy(&word, &value, sizeof(word));
+  if (value != value) return 0x7fc0;
+  return (uint16_t)((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+}
+
+void conv2d_dw(Tensor dw, Tensor x, Tensor dy, std::optional<Tensor> rows, Ints stride, Ints padding, Ints dilation,
+               int64_t groups, bool channels_last) {
+  const Ints kernel{dw.size(2), dw.size(3)};
+  Conv2dDw p{x.const_data_ptr(), dy.const_data_ptr(), rows ? (const int64_t*)rows->const_data_ptr() : nullptr,
+             dw.size(0), dw.size(1), groups, window_of(x, dy, kernel, stride, padding, dilation, channels_last),
+             type_of(x)};
+  require(p.selected == (rows ? rows->numel() : dy.size(1)) && groups > 0 && p.selected % groups == 0,
+          "dw must have one row per selected channel of dy, the same number in every group.");
+  require(x.size(1) == groups * p.per_in, "x must have the input channels of every group.");
+  require(type_of(dy) == p.type && type_of(dw) == p.type, "x, dy and dw must have one type.");
+  const int64_t lines = p.window.n * p.window.oh, taps = kernel[0] * kernel[1];
+  const int64_t size = channels_last ? taps * std::max(p.selected * padded(p.per_in), padded(p.selected))
+                                     : p.selected * p.per_in * taps;
+  // Runs of rows: as many as the shape can use, so that the bits do not depend on the threads.
+  const int64_t runs = std::clamp<int64_t>(std::min<int64_t>(lines / 8, (int64_t{1} << 22) / std::max<int64_t>(size, 1)), 1, 16);
+  const int64_t each = (lines + runs - 1) / runs;
+  std::vector<float> partial(runs * size);
+  parallel(runs, each * p.window.ow * p.selected * p.per_in * taps, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run)
+      kernels().conv2d_dw(p, std::min(run * each, lines), std::min((run + 1) * each, lines), partial.data() + run * size);
+  });
+  if (p.type == Type::f32) {
+    float* out = (float*)dw.mutable_data_ptr();
+    collect(p, partial, runs, [&](int64_t at, float value) { out[at] = value; });
+  } else {
+    uint16_t* out = (uint16_t*)dw.mutable_data_ptr();
+    collect(p, partial, runs, [&](int64_t at, float value) { out[at] = to_bf16(value); });
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_bwd_native, CPU, m) { m.impl("conv2d_dw", TORCH_BOX(&conv2d_dw)); }
+
+}  // namespace sparse_bwd

@@ -1,0 +1,91 @@
+// The torch-free kernels of the CPU: parameter structs, and one table of functions per instruction set.
+//
+// Every function works on a range of its outermost unit (elements, planes, rows ...), so that the caller may cut the
+// work anywhere it says; results never depend on where it was cut.
+#pragma once
+
+#include <cstdint>
+
+namespace sparse_bwd {
+
+enum class Type : int { f32 = 0, bf16 = 1 };
+enum class Act : int { none = 0, relu = 1, hardtanh = 2, leaky_relu = 3 };
+
+// Elements that a range of affine_act may start at: a multiple of this, so that no two ranges share a byte of flags.
+constexpr int64_t kStep = 64;
+// Per-channel tables of channels_last are repeated until any run of this many channels can be read at once.
+constexpr int64_t kWidth = 16;
+
+// y = act(scale x + shift) and its gradient; elements in storage order, channel(i) = (i / inner) % channels.
+struct AffineAct {
+  const void* in;        // x, or dy
+  void* out;             // y (may be x), or dx
+  uint8_t* mask;         // flags written forward, read backward; null = none
+  const float* scale;    // null = none; inner == 1: repeated to channels + kWidth
+  const float* shift;    // as scale
+  int64_t channels, inner, numel;
+  Type type;
+  Act act;
+  float low, high;       // low is the slope of leaky_relu
+};
+
+// Geometry of windows over [N, C, H, W] -> [N, C, OH, OW], storage NCHW or channels_last.
+struct Window {
+  int64_t n, c, h, w, oh, ow;
+  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
+  bool channels_last;
+};
+
+struct MaxPool2d {
+  const void* in;        // x, or dy
+  void* out;             // y, or dx
+  uint8_t* offset;
+  Window window;
+  Type type;
+};
+
+// dw[j, i, a, b] of the J = rows channels of dy that `rows` names; per_in = I input channels each, in `groups` groups.
+struct Conv2dDw {
+  const void* x;         // [N, groups I, H, W]
+  const void* dy;        // [N, C, OH, OW], C = window.c
+  const int64_t* rows;   // J channels of dy; null = all
+  int64_t selected, per_in, groups;
+  Window window;
+  Type type;
+};
+
+struct Response {
+  const void* now;       // [N, C, P], or [N, P, C] in channels_last
+  void* previous;
+  double* sums;          // [3, N, C]
+  int64_t n, c, positions;
+  bool channels_last;
+  Type type, stored;
+};
+
+struct Kernels {
+  const char* name;
+  // elements [begin, end); begin a multiple of kStep
+  void (*affine_act)(const AffineAct&, int64_t begin, int64_t end);
+  void (*affine_act_dx)(const AffineAct&, int64_t begin, int64_t end);
+  // also sums[c] of act' dy: inner == 1: pixels [begin, end), begin a multiple of 8, sums [channels + kWidth];
+  // inner > 1: planes [begin, end), sums [planes], indexed by plane
+  void (*affine_act_dx_sum)(const AffineAct&, int64_t begin, int64_t end, float* sums);
+  // output rows [begin, end) of N C OH (NCHW) or N OH (channels_last)
+  void (*max_pool2d)(const MaxPool2d&, int64_t begin, int64_t end);
+  // planes [begin, end) of N C (NCHW), or input rows of N H (channels_last)
+  void (*max_pool2d_dx)(const MaxPool2d&, int64_t begin, int64_t end);
+  // output rows [begin, end) of N OH are summed into partial: [J, I, kh, kw] (NCHW); [kh, kw, J] (depthwise) or
+  // [kh, kw, J, I] (grouped) with the last dimension rounded up to kWidth (channels_last)
+  void (*conv2d_dw)(const Conv2dDw&, int64_t begin, int64_t end, float* partial);
+  // samples x channel blocks [begin, end) of N ceil(C / kWidth)
+  void (*response)(const Response&, int64_t begin, int64_t end);
+};
+
+// The kernels of the widest instruction set that this processor has, or of the one chosen by `use`.
+const Kernels& kernels();
+
+// Choose by name ("avx512", "avx2", "neon", "portable"; "" = the widest); false if this processor or build lacks it.
+bool use_kernels(const char* name);
+
+}  // namespace sparse_bwd
