@@ -10,14 +10,14 @@ from sparse_bwd.ops import affine_act, conv2d_dw, linear_dw, max_pool2d, write_b
 from sparse_bwd.ops import response as _response  # noqa: F401  (registers the operator)
 
 
-def response(new: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per sample and channel <new, previous>, |new|^2, |previous|^2, each [N, C] float64; previous <- new.
+def response(new: Tensor, previous: Tensor) -> Tensor:
+    """Sums [3, N, C] float64: <new, previous>, |new|^2, |previous|^2 per sample and channel; previous <- new.
 
     Args:
         new: the response now, [N, C, *].
         previous: the stored response, same shape, of any floating dtype; overwritten.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _ops.sparse_bwd.response(new, previous)
+    result: Tensor = _ops.sparse_bwd.response(new, previous)
     return result
 
 

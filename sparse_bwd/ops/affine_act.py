@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from sparse_bwd.ops import bits
-from sparse_bwd.ops.backend import register
+from sparse_bwd.ops.backend import known, native, register
 from sparse_bwd.ops.layout import dense_strides, flat, is_channels_last, is_dense
 
 BLOCK = 1 << 18
+CODES = {"none": 0, "relu": 1, "hardtanh": 2, "leaky_relu": 3}  # as csrc/schemas.cpp numbers them
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -179,6 +180,65 @@ def affine_act_dx_plain(
     return dx, dshift
 
 
+def _inner(x: Tensor) -> int:
+    """Neighbours in storage that share a channel: 1 in channels_last, H W in NCHW, 0 where x has gaps."""
+    if x.is_contiguous():
+        return x.numel() // max(x.shape[0] * x.shape[1], 1) if x.dim() > 1 else 1
+    return 1 if is_channels_last(x) else 0
+
+
+def _mask_for(y: Tensor, act: str, keep: bool) -> Tensor:
+    size = bits.packed_size(y.numel()) if keep and act != "none" else 0
+    return torch.empty(size, dtype=torch.uint8, device=y.device)
+
+
+def affine_act_native(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, low: float, high: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    inner = _inner(x)
+    if not (inner and known(x)):
+        return NotImplemented
+    y = torch.empty_like(x)
+    mask = _mask_for(y, act, keep)
+    kept = mask if keep and act != "none" else None
+    native("affine_act")(y, kept, x, scale, shift, inner, CODES[act], low, high)
+    return y, mask
+
+
+def affine_act_inplace_native(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, low: float, high: float, keep: bool
+) -> Tensor:
+    inner = _inner(x)
+    if not (inner and known(x)):
+        return NotImplemented
+    mask = _mask_for(x, act, keep)
+    kept = mask if keep and act != "none" else None
+    native("affine_act")(x, kept, x, scale, shift, inner, CODES[act], low, high)
+    return mask
+
+
+def affine_act_dx_native(
+    dy: Tensor,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    act: str,
+    slope: float,
+    strides: Sequence[int],
+    shift_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_strided(dy.shape, tuple(strides), dtype=dy.dtype, device=dy.device)
+    inner = _inner(dx)
+    if not (inner and known(dy)):
+        return NotImplemented
+    source = dy if dy.stride() == dx.stride() else dx.copy_(dy)
+    channels = dy.shape[1] if dy.dim() > 1 else 1
+    dshift = torch.empty(channels, device=dy.device) if shift_gradient else dy.new_empty(0)
+    native("affine_act_dx")(
+        dx, dshift if shift_gradient else None, source, scale, mask, channels, inner, CODES[act], slope
+    )
+    return dx, dshift
+
+
 def _fake_mask(x: Tensor, act: str, keep: bool) -> Tensor:
     size = bits.packed_size(x.numel()) if keep and act != "none" else 0
     return x.new_empty(size, dtype=torch.uint8)
@@ -199,11 +259,17 @@ def _fake_dx(dy, scale, mask, act, slope, strides, shift_gradient):  # type: ign
 
 
 _ARGUMENTS = "Tensor? scale, Tensor? shift, str act, float low, float high, bool keep"
-register(f"affine_act(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)", affine_act_plain, _fake)
-register(f"affine_act_(Tensor(a!) x, {_ARGUMENTS}) -> Tensor", affine_act_inplace_plain, _fake_inplace)
+register(f"affine_act(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)", affine_act_plain, _fake, affine_act_native)
+register(
+    f"affine_act_(Tensor(a!) x, {_ARGUMENTS}) -> Tensor",
+    affine_act_inplace_plain,
+    _fake_inplace,
+    affine_act_inplace_native,
+)
 register(
     "affine_act_dx(Tensor dy, Tensor? scale, Tensor? mask, str act, float slope, SymInt[] strides, "
     "bool shift_gradient) -> (Tensor, Tensor)",
     affine_act_dx_plain,
     _fake_dx,
+    affine_act_dx_native,
 )

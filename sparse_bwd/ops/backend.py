@@ -1,31 +1,170 @@
 """Registration of the operators: one name, one schema, one fake, and the implementation that serves each device.
 
 Every operator of the library is `torch.ops.sparse_bwd.<name>`. It is defined here, once, with the function that runs it
-on any device with plain PyTorch. The operators have no autograd of their own: they are called inside the forward and
-backward of the Functions in `sparse_bwd.nn`, which decide what is kept.
+on any device with plain PyTorch, and where there is one with the function that hands it to the native library of the
+device. That function returns NotImplemented for calls that plain PyTorch serves better or that the library cannot
+serve at all (another dtype, a layout with gaps).
+
+The operators have no autograd of their own: they are called inside the forward and backward of the Functions in
+`sparse_bwd.nn`, which decide what is kept. Results are allocated here in Python, so that their shapes are told once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 NAMESPACE = "sparse_bwd"
+NATIVE = "sparse_bwd_native"
+VARIABLE = "SPARSE_BWD_NATIVE"
+DEVICES = ("cpu", "cuda")
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_has_native: dict[str, bool] = {}
+_forced: str | None = None
 
 
-def register(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> None:
+class Row(NamedTuple):
+    """Who serves an operator on a device, and why."""
+
+    operator: str
+    device: str
+    implementation: str
+    reason: str
+
+
+def _load(device: str) -> str:
+    """Load the native library of a device; "" where it is ready, else the sentence that says why it is not."""
+    path = Path(__file__).resolve().parent.parent / f"_native_{device}.abi3.so"
+    if os.environ.get(VARIABLE) == "0":
+        return f"{VARIABLE}=0 turns the native libraries off"
+    if not path.exists():
+        return f"the native library for {device} is not built"
+    if device == "cuda" and _missing["cpu"]:
+        return f"it needs the native library for cpu: {_missing['cpu']}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "this machine has no CUDA device"
+    try:  # pragma: no cover -- needs the native library
+        torch.ops.load_library(path)
+    except Exception as error:  # pragma: no cover -- whatever the loader says, PyTorch serves instead
+        sentence = f"the native library for {device} cannot be loaded ({str(error).strip().splitlines()[0]})"
+        warnings.warn(
+            f"sparse_bwd: {sentence}; plain PyTorch serves instead. Build it again for this torch, or set {VARIABLE}=0.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return sentence
+    return ""
+
+
+_missing: dict[str, str] = {}
+for _device in DEVICES:
+    _missing[_device] = _load(_device)
+
+
+def types(device: str) -> tuple[torch.dtype, ...]:
+    """The dtypes that the native kernels of a device know."""
+    return (torch.float32, torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16)
+
+
+TYPES = {device: types(device) for device in DEVICES}
+
+
+def known(x: Tensor) -> bool:
+    """Whether the native kernels of x's device know its dtype."""
+    return x.dtype in TYPES[x.device.type]
+
+
+def native(name: str) -> Callable[..., Any]:
+    """The operator `sparse_bwd_native::<name>`; only where a native library is loaded."""
+    operator: Callable[..., Any] = getattr(getattr(torch.ops, NATIVE), name).default
+    return operator
+
+
+def register(
+    schema: str,
+    plain: Callable[..., Any],
+    fake: Callable[..., Any],
+    native: Callable[..., Any] | None = None,
+    devices: tuple[str, ...] = DEVICES,
+) -> None:
     """Define `sparse_bwd::<schema>`.
 
     Args:
         schema: name, arguments and results in PyTorch's schema language.
         plain: the implementation that works on every device.
         fake: shapes, dtypes and strides of the results without computing them.
+        native: the implementation by the native library, for the calls that it serves better; else NotImplemented.
+        devices: where `native` has kernels.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, plain, "CompositeExplicitAutograd")
+    _has_native[name] = native is not None
+    for device in DEVICES:
+        if native is not None and device in devices and not _missing[device]:
+            _library.impl(name, _choosing(name, plain, native), device.upper())
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
+def _choosing(name: str, plain: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
+    """The function behind an operator on a device with a native library."""
+
+    def serve(*args: Any) -> Any:
+        if _forced != "plain":
+            result = native(*args)
+            if result is not NotImplemented:
+                return result
+            if _forced == "native":
+                raise NotImplementedError(
+                    f"sparse_bwd::{name} has no native kernel for this call; leave the choice to the library."
+                )
+        return plain(*args)
+
+    return serve
+
+
+@contextmanager
+def forced(implementation: str | None) -> Iterator[None]:
+    """Inside, every operator with native kernels is served by them ("native"), by none ("plain"), or as usual (None).
+
+    Raises:
+        ValueError: an unknown implementation, or "native" where no native library is loaded.
+        NotImplementedError: inside, by an operator whose native kernels cannot serve a call.
+    """
+    global _forced
+    if implementation not in ("plain", "native", None):
+        raise ValueError(f"The implementation must be 'plain', 'native' or None, not {implementation!r}.")
+    if implementation == "native" and all(_missing.values()):
+        raise ValueError(f"No native library is loaded: {_missing['cpu']}.")
+    before, _forced = _forced, implementation
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def missing(device: str) -> str:
+    """Why the native library of a device is not loaded; "" where it is."""
+    return _missing[device]
+
+
+def status() -> list[Row]:
+    """Who serves each operator on each device, and why."""
+    rows = []
+    for operator, has_native in _has_native.items():
+        for device in DEVICES:
+            if not has_native:
+                rows.append(Row(operator, device, "plain", "PyTorch's own kernels serve it"))
+            elif _missing[device]:
+                rows.append(Row(operator, device, "plain", _missing[device]))
+            else:
+                rows.append(Row(operator, device, "native", "the native library is loaded"))
+    return rows

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_bwd.ops.backend import register
+from sparse_bwd.ops.backend import known, native, register
 from sparse_bwd.ops.layout import is_channels_last, take_channels
 from sparse_bwd.ops.padding import Geometry, pad
 
@@ -104,6 +104,37 @@ def conv2d_dw_plain(
     return dw.to(x.dtype, memory_format=_memory_format(x))
 
 
+def conv2d_dw_native(
+    x: Tensor,
+    dy: Tensor,
+    spread: Tensor | None,
+    rows: Tensor | None,
+    pick: Tensor | None,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    padding_mode: str,
+    dilation: Sequence[int],
+    groups: int,
+    regroup: bool,
+) -> Tensor:
+    depthwise = groups > 1 and x.shape[1] == groups
+    if not depthwise or spread is not None or regroup or not known(x):
+        return NotImplemented
+    geometry = Geometry(tuple(stride), tuple(padding), padding_mode, tuple(dilation), groups)  # type: ignore[arg-type]
+    layout = _memory_format(x)
+    x = pad(x, geometry)
+    if not (x.is_contiguous(memory_format=layout) and dy.is_contiguous(memory_format=layout)):
+        return NotImplemented
+    selected = dy.shape[1] if rows is None else rows.numel()
+    dw = torch.empty(
+        (selected, x.shape[1] // groups, *size[2:]), dtype=x.dtype, device=x.device, memory_format=layout
+    )
+    last = layout is torch.channels_last
+    native("conv2d_dw")(dw, x, dy, rows, stride, geometry.inner_padding, dilation, groups, last)
+    return dw if pick is None else dw.index_select(0, pick)
+
+
 def _memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of dw: that of x, in which PyTorch's convolution computes it."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
@@ -118,4 +149,5 @@ register(
     "int[] padding, str padding_mode, int[] dilation, int groups, bool regroup) -> Tensor",
     conv2d_dw_plain,
     _fake,
+    conv2d_dw_native,
 )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_bwd.ops.backend import register
+from sparse_bwd.ops.backend import known, native, register
 from sparse_bwd.ops.layout import is_channels_last
 
 BLOCK = 1 << 18
@@ -86,6 +86,53 @@ def max_pool2d_dx_plain(
     return dx
 
 
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous() or is_channels_last(x)
+
+
+def max_pool2d_native(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = _output_shape(x, kernel, stride, padding, dilation, ceil)
+    # What PyTorch refuses, it refuses in its own words.
+    legal = min(shape[2:]) > 0 and all(
+        2 * padding[i] <= kernel[i] and dilation[i] <= x.shape[2 + i] for i in (0, 1)
+    )
+    if not (legal and known(x) and _dense(x)):
+        return NotImplemented
+    last = is_channels_last(x)
+    layout = torch.channels_last if last else torch.contiguous_format
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    offset = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=layout)
+    native("max_pool2d")(y, offset, x, kernel, stride, padding, dilation, last)
+    return y, offset
+
+
+def max_pool2d_dx_native(
+    dy: Tensor,
+    offset: Tensor,
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil: bool,
+) -> Tensor:
+    if not (known(dy) and _dense(offset)):
+        return NotImplemented
+    last = is_channels_last(offset)
+    layout = torch.channels_last if last else torch.contiguous_format
+    dx = torch.empty(tuple(shape), dtype=dy.dtype, device=dy.device, memory_format=layout)
+    dy = dy.contiguous(memory_format=layout)
+    native("max_pool2d_dx")(dx, dy, offset, kernel, stride, padding, dilation, last)
+    return dx
+
+
 def _output_shape(x, kernel, stride, padding, dilation, ceil):  # type: ignore[no-untyped-def]
     sizes = []
     for i in range(2):
@@ -115,9 +162,10 @@ def _fake_dx(dy, offset, shape, kernel, stride, padding, dilation, ceil):  # typ
 
 
 _WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil"
-register(f"max_pool2d(Tensor x, {_WINDOW}) -> (Tensor, Tensor)", max_pool2d_plain, _fake)
+register(f"max_pool2d(Tensor x, {_WINDOW}) -> (Tensor, Tensor)", max_pool2d_plain, _fake, max_pool2d_native)
 register(
     f"max_pool2d_dx(Tensor dy, Tensor offset, SymInt[] shape, {_WINDOW}) -> Tensor",
     max_pool2d_dx_plain,
     _fake_dx,
+    max_pool2d_dx_native,
 )

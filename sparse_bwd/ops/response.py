@@ -1,6 +1,6 @@
 """response: inner products of a channel's new and previous response, per sample, and the new one stored in its place.
 
-    new, previous [N, C, *]  ->  <new, previous>, |new|^2, |previous|^2, each [N, C] in float64;  previous <- new
+    new, previous [N, C, *]  ->  sums [3, N, C] in float64: <new, previous>, |new|^2, |previous|^2;  previous <- new
 
 The previous response may be stored in a smaller dtype than the new one. Sums are taken in float64, one sample at a
 time: velocity is a small difference of cosines near 1.
@@ -11,25 +11,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_bwd.ops.backend import register
+from sparse_bwd.ops.backend import known, native, register
 
 
-def response_plain(new: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, c = new.shape[:2]
-    dot, new_sq, old_sq = (torch.zeros(n, c, dtype=torch.float64, device=new.device) for _ in range(3))
-    for i in range(n):
+def _sums(new: Tensor) -> Tensor:
+    return torch.empty(3, *new.shape[:2], dtype=torch.float64, device=new.device)
+
+
+def response_plain(new: Tensor, previous: Tensor) -> Tensor:
+    sums, c = _sums(new), new.shape[1]
+    for i in range(new.shape[0]):
         a = new[i].reshape(c, -1).double()
         b = previous[i].reshape(c, -1).double()
-        dot[i] = (a * b).sum(1)
-        new_sq[i] = a.square().sum(1)
-        old_sq[i] = b.square_().sum(1)
+        sums[0, i] = (a * b).sum(1)
+        sums[1, i] = a.square().sum(1)
+        sums[2, i] = b.square_().sum(1)
     previous.copy_(new)
-    return dot, new_sq, old_sq
+    return sums
 
 
-def _fake(new: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, c = new.shape[:2]
-    return tuple(torch.empty(n, c, dtype=torch.float64, device=new.device) for _ in range(3))  # type: ignore[return-value]
+def _channels_last(x: Tensor) -> bool | None:
+    """Whether channels are the fastest dimension of the dense tensor x [N, C, *]; None where x has gaps."""
+    if x.is_contiguous():
+        return False
+    return True if x.dim() > 2 and x.movedim(1, -1).is_contiguous() else None
 
 
-register("response(Tensor new, Tensor(a!) previous) -> (Tensor, Tensor, Tensor)", response_plain, _fake)
+def response_native(new: Tensor, previous: Tensor) -> Tensor:
+    last = _channels_last(new)
+    if last is None or not (known(new) and known(previous)) or new.stride() != previous.stride():
+        return NotImplemented
+    sums = _sums(new)
+    native("response")(sums, previous, new, last)
+    return sums
+
+
+def _fake(new: Tensor, previous: Tensor) -> Tensor:
+    return _sums(new)
+
+
+register("response(Tensor new, Tensor(a!) previous) -> Tensor", response_plain, _fake, response_native)

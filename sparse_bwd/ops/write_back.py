@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_bwd.ops.backend import register
+from sparse_bwd.ops.backend import native, register
 from sparse_bwd.ops.layout import is_channels_last
 
 
@@ -53,6 +53,23 @@ def write_back_plain(
             full.index_copy_(dim, index, part)
 
 
+def write_back_native(
+    weights: Sequence[Tensor],
+    slices: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    groups: Sequence[int],
+) -> None:
+    for full, part in zip(weights, slices, strict=True):
+        if not (_dense(full) and _dense(part)):
+            return NotImplemented
+    native("write_back")(weights, slices, indices, dims, groups)
+
+
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous() or is_channels_last(x)
+
+
 def _fake(weights, slices, indices, dims, groups):  # type: ignore[no-untyped-def]
     return None
 
@@ -61,4 +78,6 @@ register(
     "write_back(Tensor(a!)[] weights, Tensor[] slices, Tensor?[] indices, int[] dims, int[] groups) -> ()",
     write_back_plain,
     _fake,
+    write_back_native,
+    devices=("cpu",),
 )

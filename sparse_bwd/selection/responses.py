@@ -174,7 +174,7 @@ class ResponseMeter:
                     f"Layer {name!r} gave a response of shape {tuple(new.shape)} on the probe, {tuple(previous.shape)} "
                     "before; probe and model must stay as they were when the policy was made."
                 )
-            records.append((name, first, torch.stack(response(new, previous))))
+            records.append((name, first, response(new, previous)))
 
         return record
 

@@ -26,7 +26,8 @@ inline void pool_lanes(const typename S::T* plane, typename S::T* y, uint8_t* of
     }
   }
   S::put(y, best);
-  for (int lane = 0; lane < kLanes; ++lane) offset[lane] = (uint8_t)where[lane];
+  const u8v code = __builtin_convertvector(where, u8v);
+  __builtin_memcpy(offset, &code, sizeof(code));
 }
 
 // Channels [c, c + kLanes) of one window; past the end they are pooled in a copy.
@@ -125,10 +126,11 @@ void unpool_pixel(const MaxPool2d& p, int64_t image, int64_t row, int64_t column
         if (j < 0) continue;
         const int64_t at = ((image * g.oh + i) * g.ow + j) * g.c + c;
         T values[kLanes] = {};
-        i32v hit = {};
+        u8v code = {};
         __builtin_memcpy(values, (const T*)p.in + at, count * sizeof(T));
-        for (int64_t lane = 0; lane < count; ++lane) hit[lane] = p.offset[at + lane] == a * g.kw + b ? -1 : 0;
-        sum += keep_where(hit, S::get(values));
+        __builtin_memcpy(&code, p.offset + at, count);
+        const i32v hit = __builtin_convertvector(code, i32v) == (int32_t)(a * g.kw + b);
+        sum = S::round(sum + keep_where(hit, S::get(values)));  // PyTorch rounds after every addition
       }
     }
     T values[kLanes];
@@ -137,27 +139,22 @@ void unpool_pixel(const MaxPool2d& p, int64_t image, int64_t row, int64_t column
   }
 }
 
-// One plane in float32: bfloat16 sums are rounded once.
 template <class S>
-void unpool_plane(const MaxPool2d& p, int64_t plane, float* sums) {
+void unpool_plane(const MaxPool2d& p, int64_t plane) {
   using T = typename S::T;
   const Window& g = p.window;
-  for (int64_t i = 0; i < g.h * g.w; ++i) sums[i] = 0.0f;
+  T* dx = (T*)p.out + plane * g.h * g.w;
+  for (int64_t i = 0; i < g.h * g.w; ++i) dx[i] = T{};
   for (int64_t i = 0; i < g.oh; ++i) {
     for (int64_t j = 0; j < g.ow; ++j) {
       const int64_t at = (plane * g.oh + i) * g.ow + j, where = p.offset[at];
       const int64_t row = i * g.sh - g.ph + where / g.kw * g.dh, column = j * g.sw - g.pw + where % g.kw * g.dw;
-      sums[row * g.w + column] += one<S>((const T*)p.in + at);
+      T* to = dx + row * g.w + column;
+      f32v sum = splat(one<S>(to) + one<S>((const T*)p.in + at));
+      T values[kLanes];
+      S::put(values, sum);
+      *to = values[0];
     }
-  }
-  T* dx = (T*)p.out + plane * g.h * g.w;
-  for (int64_t i = 0; i < g.h * g.w; i += kLanes) {
-    const int64_t count = g.h * g.w - i < kLanes ? g.h * g.w - i : kLanes;
-    float part[kLanes] = {};
-    T values[kLanes];
-    __builtin_memcpy(part, sums + i, count * sizeof(float));
-    S::put(values, load<f32v>(part));
-    __builtin_memcpy(dx + i, values, count * sizeof(T));
   }
 }
 
@@ -169,8 +166,7 @@ void unpool(const MaxPool2d& p, int64_t begin, int64_t end) {
       for (int64_t column = 0; column < g.w; ++column) unpool_pixel<S>(p, row / g.h, row % g.h, column);
     return;
   }
-  std::vector<float> sums(g.h * g.w);
-  for (int64_t plane = begin; plane < end; ++plane) unpool_plane<S>(p, plane, sums.data());
+  for (int64_t plane = begin; plane < end; ++plane) unpool_plane<S>(p, plane);
 }
 
 void max_pool2d_dx(const MaxPool2d& p, int64_t begin, int64_t end) {

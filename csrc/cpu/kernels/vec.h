@@ -5,6 +5,7 @@ typedef float f32v __attribute__((vector_size(4 * kLanes)));
 typedef int32_t i32v __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t u32v __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t u16v __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t u8v __attribute__((vector_size(kLanes)));
 
 inline f32v splat(float value) { return f32v{} + value; }
 
