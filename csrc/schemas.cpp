@@ -8,6 +8,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sparse_bwd_native, m) {
+  // scale = weight / sqrt(variance + eps), shift = bias - mean scale; vectors [C] in float32 (CPU only)
+  m.def("norm_affine(Tensor(a!) scale, Tensor(b!) shift, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, "
+        "float eps) -> ()");
   // y = act(scale x + shift); y may be x
   m.def("affine_act(Tensor(a!) y, Tensor(b!)? mask, Tensor x, Tensor? scale, Tensor? shift, int inner, "
         "int act, float low, float high) -> ()");

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bwd.nn.compact import CompactLayer, Slot, as_index
-from sparse_bwd.nn.first_order import refuse_second_order
-from sparse_bwd.ops.layout import dense_strides
+from sparse_bwd.nn.function import Function, refuse_second_order
+from sparse_bwd.ops.layout import dense_strides, is_channels_last
 
 
 class Activation(NamedTuple):
@@ -30,7 +30,7 @@ class Activation(NamedTuple):
 IDENTITY = Activation("none")
 
 
-class AffineActFunction(torch.autograd.Function):
+class AffineActFunction(Function):
     """Arguments: x, scale and shift [C] or None, compact shift and its channels or None, activation, in place."""
 
     @staticmethod
@@ -47,8 +47,8 @@ class AffineActFunction(torch.autograd.Function):
         # callers take this path only where a gradient is needed.
         arguments = (scale, shift, act.kind, act.low, act.high, True)
         if inplace:
-            return x, torch.ops.sparse_bwd.affine_act_(x, *arguments)
-        y, mask = torch.ops.sparse_bwd.affine_act(x, *arguments)
+            return x, torch.ops.sparse_bwd.affine_act_.default(x, *arguments)
+        y, mask = torch.ops.sparse_bwd.affine_act.default(x, *arguments)
         return y, mask
 
     @staticmethod
@@ -66,7 +66,7 @@ class AffineActFunction(torch.autograd.Function):
             part_shift if needs_dshift else None,
             shift_rows if needs_dshift else None,
         )
-        ctx.strides = dense_strides(y)
+        ctx.strides = y.stride() if y.is_contiguous() or is_channels_last(y) else dense_strides(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
@@ -75,7 +75,7 @@ class AffineActFunction(torch.autograd.Function):
             return (None,) * 7
         scale, mask, part_shift, shift_rows = ctx.saved_tensors
         needs_dshift = ctx.needs_input_grad[3]
-        dx, dshift = torch.ops.sparse_bwd.affine_act_dx(
+        dx, dshift = torch.ops.sparse_bwd.affine_act_dx.default(
             dy, scale, mask, ctx.act.kind, ctx.act.low, ctx.strides, needs_dshift
         )
         if needs_dshift:
@@ -119,9 +119,9 @@ def affine_act(
         return x.copy_(y) if view else y
     arguments = (scale, shift, act.kind, act.low, act.high, False)
     if inplace:
-        torch.ops.sparse_bwd.affine_act_(x, *arguments)
+        torch.ops.sparse_bwd.affine_act_.default(x, *arguments)
         return x
-    return torch.ops.sparse_bwd.affine_act(x, *arguments)[0]  # type: ignore[no-any-return]
+    return torch.ops.sparse_bwd.affine_act.default(x, *arguments)[0]  # type: ignore[no-any-return]
 
 
 class LeanActivation(nn.Module):
@@ -246,15 +246,12 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
         """Scale and shift, [C] each in float32 or float64, of the norm on its running statistics."""
         self.synchronise()
         assert self.running_mean is not None and self.running_var is not None
-        # In float32 at least, as PyTorch's own: a half-precision variance loses the difference that eps makes.
-        wide = torch.promote_types(self.running_var.dtype, torch.float32)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
         with torch.no_grad():
-            scale = torch.rsqrt(self.running_var.to(wide) + self.eps)
-            weight, bias = self._parameters["weight"], self._parameters["bias"]
-            if weight is not None:
-                scale = scale * weight
-            shift = -self.running_mean * scale
-            return scale, shift if bias is None else shift + bias
+            pair: tuple[Tensor, Tensor] = torch.ops.sparse_bwd.norm_affine.default(
+                self.running_mean, self.running_var, weight, bias, self.eps
+            )
+        return pair
 
     @property
     def on_running_statistics(self) -> bool:

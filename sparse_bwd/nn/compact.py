@@ -164,29 +164,29 @@ class CompactLayer(nn.Module):
             self.synchronise()
         return self._parameters[name]
 
-    def _edited(self, name: str, full: Tensor, part: Tensor) -> bool:
-        """Whether the user changed the full tensor in place since it last agreed with an unchanged compact one."""
-        synced = self._synced.get(name)
-        return (
-            synced is not None
-            and synced.full is full
-            and synced.part is part
-            and full._version != synced.full_version
-            and part._version == synced.part_version
-        )
-
-    @torch.no_grad()
     def synchronise(self) -> None:
-        """Make full and compact tensors agree: trained values go to the full tensor, user edits of it come back."""
+        """Make full and compact tensors agree: trained values go to the full tensor, user edits of it come back.
+
+        An edit is an in-place change of the full tensor since both last agreed, while the compact one stayed as it was.
+        """
         for name, slot in self._slots.items():
-            full, part = self._full(name), self._parameters[TRAINABLE[name]]
-            if part is None:
+            full, part = self._parameters[name], self._parameters[TRAINABLE[name]]
+            if full is None or part is None:
                 continue
-            if not torch.compiler.is_compiling() and self._edited(name, full, part):
-                part.copy_(read_slices(full, slot.index, slot.dim, slot.groups))
+            if torch.compiler.is_compiling():  # a graph cannot read version counters
+                _write(full, part, slot)
+                continue
+            synced = self._synced.get(name)
+            known = synced is not None and synced.full is full and synced.part is part
+            same_part = known and synced.part_version == part._version  # type: ignore[union-attr]
+            same_full = known and synced.full_version == full._version  # type: ignore[union-attr]
+            if same_part and not same_full:
+                with torch.no_grad():
+                    part.copy_(read_slices(full, slot.index, slot.dim, slot.groups))
             else:
                 _write(full, part, slot)
-        self._record(self._slots)
+            if not (same_part and same_full):
+                self._record([name])
 
     def _record(self, names: Iterable[str]) -> None:
         """Note that the named full tensors and their compact Parameters agree now."""
@@ -277,7 +277,7 @@ def _same_slot(a: Slot, b: Slot) -> bool:
 
 def _write(full: Tensor, part: Tensor, slot: Slot) -> None:
     # .data has a version counter of its own: the write stays invisible to graphs that saved `full`.
-    torch.ops.sparse_bwd.write_back([full.data], [part.detach()], [slot.index], [slot.dim], [slot.groups])
+    torch.ops.sparse_bwd.write_back.default([full.data], [part.detach()], [slot.index], [slot.dim], [slot.groups])
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

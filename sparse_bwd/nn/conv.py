@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_bwd.nn.compact import CompactLayer, Move, as_index, mover
-from sparse_bwd.nn.first_order import refuse_second_order
+from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.nn.linear import autocast_input, check_words, place_selection
 from sparse_bwd.ops.conv2d_dw import Plan, kept_input, make_plan
 from sparse_bwd.ops.linear_dw import bias_gradient
 from sparse_bwd.ops.padding import Geometry, conv2d_dx, pad
 
 
-class Conv2dFunction(torch.autograd.Function):
+class Conv2dFunction(Function):
     """Arguments: x [N, C_in, H, W], full weight and bias (frozen), compact weight and bias, the index vectors of the
     plan (`ops/conv2d_dw.py`), rows of dy that enter db, the geometry, and (groups of the plan, regroup)."""
 
@@ -73,7 +73,7 @@ class Conv2dFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = conv2d_dx(dy, weight.to(dy.dtype), ctx.shape, g)
         if ctx.needs_input_grad[3]:
-            dw = torch.ops.sparse_bwd.conv2d_dw(
+            dw = torch.ops.sparse_bwd.conv2d_dw.default(
                 x,
                 dy,
                 spread,

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.nn.first_order import refuse_second_order
+from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.ops import bits
 from sparse_bwd.ops.layout import dense_strides, flat
 
 
-class DropoutFunction(torch.autograd.Function):
+class DropoutFunction(Function):
     """Arguments: x and p."""
 
     @staticmethod

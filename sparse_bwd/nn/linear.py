@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_bwd.nn.compact import CompactLayer, Slot, as_index
-from sparse_bwd.nn.first_order import refuse_second_order
+from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.ops.linear_dw import bias_gradient
 
 
-class LinearFunction(torch.autograd.Function):
+class LinearFunction(Function):
     """Arguments: x, full weight and bias (frozen), compact weight and bias, columns of x to keep (axis "in") or None,
     rows of dy that enter dw (axis "out") or None, rows of dy that enter db or None."""
 
@@ -68,7 +68,7 @@ class LinearFunction(torch.autograd.Function):
             dx = dy.matmul(weight.to(dy.dtype))
         if ctx.needs_input_grad[3]:
             both = ctx.needs_input_grad[4] and ctx.same_rows
-            dw, db = torch.ops.sparse_bwd.linear_dw(x, dy, rows, both)
+            dw, db = torch.ops.sparse_bwd.linear_dw.default(x, dy, rows, both)
             dw = dw.to(ctx.dtypes[0])
             db = db if both else None
         if ctx.needs_input_grad[4]:

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from sparse_bwd.nn.first_order import refuse_second_order
+from sparse_bwd.nn.function import Function, refuse_second_order
 
 
-class MaxPool2dFunction(torch.autograd.Function):
+class MaxPool2dFunction(Function):
     """Arguments: x [N, C, H, W] and the window (kernel, stride, padding, dilation, ceil_mode)."""
 
     @staticmethod
     def forward(x: Tensor, window: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        y, offset = torch.ops.sparse_bwd.max_pool2d(x, *window)
+        y, offset = torch.ops.sparse_bwd.max_pool2d.default(x, *window)
         return y, offset
 
     @staticmethod
@@ -33,7 +33,7 @@ class MaxPool2dFunction(torch.autograd.Function):
         if dy is None:
             return None, None
         (offset,) = ctx.saved_tensors
-        return torch.ops.sparse_bwd.max_pool2d_dx(dy, offset, ctx.shape, *ctx.window), None
+        return torch.ops.sparse_bwd.max_pool2d_dx.default(dy, offset, ctx.shape, *ctx.window), None
 
 
 class MaxPool2d(nn.MaxPool2d):

@@ -6,7 +6,7 @@ This package knows no layer. `reference.py` holds the eager oracle of every oper
 from torch import Tensor
 from torch import ops as _ops
 
-from sparse_bwd.ops import affine_act, conv2d_dw, linear_dw, max_pool2d, write_back
+from sparse_bwd.ops import affine_act, conv2d_dw, linear_dw, max_pool2d, norm_affine, write_back
 from sparse_bwd.ops import response as _response  # noqa: F401  (registers the operator)
 
 
@@ -21,4 +21,4 @@ def response(new: Tensor, previous: Tensor) -> Tensor:
     return result
 
 
-__all__ = ["affine_act", "conv2d_dw", "linear_dw", "max_pool2d", "response", "write_back"]
+__all__ = ["affine_act", "conv2d_dw", "linear_dw", "max_pool2d", "norm_affine", "response", "write_back"]

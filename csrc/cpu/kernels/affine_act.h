@@ -60,7 +60,7 @@ inline void step(const AffineAct& p, const Body& body, int64_t i, int64_t count,
   T* out = (T*)p.out + i;
   if (count >= kLanes) {
     uint32_t flags = 0;
-    if (kReads) __builtin_memcpy(&flags, p.mask + i / 8, kLanes / 8);
+    if (kReads) __builtin_memcpy(&flags, p.mask + (i >> 3), kLanes / 8);
     flags = body(in, out, flags, a, b);
     if (kWrites) put_flags(p.mask, i, flags);
     return;
@@ -75,14 +75,15 @@ inline void step(const AffineAct& p, const Body& body, int64_t i, int64_t count,
   }
 }
 
+// The sweeps hold p by value: as a byte of flags may lie anywhere, a reference would be read again after each of them.
 template <bool kReads, bool kWrites, class Body>
-void sweep_flat(const AffineAct& p, const Body& body, int64_t begin, int64_t end) {
+void sweep_flat(const AffineAct p, const Body& body, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += kLanes) step<kReads, kWrites>(p, body, i, end - i, f32v{}, f32v{});
 }
 
 // channels_last: neighbouring elements have neighbouring channels, read from the repeated tables.
 template <bool kReads, bool kWrites, class Body>
-void sweep_pixels(const AffineAct& p, const Body& body, int64_t begin, int64_t end) {
+void sweep_pixels(const AffineAct p, const Body& body, int64_t begin, int64_t end) {
   const float* shift = p.shift ? p.shift : p.scale;
   int64_t c = begin % p.channels, by = kLanes % p.channels;
   for (int64_t i = begin; i < end; i += kLanes) {
@@ -94,7 +95,7 @@ void sweep_pixels(const AffineAct& p, const Body& body, int64_t begin, int64_t e
 
 // NCHW: all elements of a plane have one channel; kLanes elements that lie in several planes get theirs one by one.
 template <bool kReads, bool kWrites, class Body>
-void sweep_planes(const AffineAct& p, const Body& body, int64_t begin, int64_t end) {
+void sweep_planes(const AffineAct p, const Body& body, int64_t begin, int64_t end) {
   const float* shift = p.shift ? p.shift : p.scale;
   for (int64_t i = begin; i < end;) {
     int64_t plane = i / p.inner, c = plane % p.channels, stop = (plane + 1) * p.inner;

@@ -64,7 +64,7 @@ inline i32v expand(uint32_t flags) { return ((i32v{} + (int32_t)flags) & lane_bi
 inline f32v keep_where(i32v mask, f32v v) { return (f32v)(mask & (i32v)v); }
 
 inline void put_flags(uint8_t* mask, int64_t element, uint32_t flags) {
-  for (int b = 0; b < kLanes / 8; ++b) mask[element / 8 + b] = (uint8_t)(flags >> (8 * b));
+  for (int b = 0; b < kLanes / 8; ++b) mask[(element >> 3) + b] = (uint8_t)(flags >> (8 * b));
 }
 
 // Flags of kLanes elements from any element on; reads no byte beyond that of element `last`.
