@@ -5,18 +5,32 @@ VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.sparse-bwd-ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NATIVE := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cpu/kernels/*)
+# The native CPU code where there is a compiler; `make native` adds CUDA, which takes minutes to compile.
+ifndef SPARSE_BWD_NATIVE
+export SPARSE_BWD_NATIVE := $(if $(shell command -v $${CXX:-c++}),cpu,0)
+endif
+# The CPU kernels and their checks, without torch.
+HOST := tests/native_host/*.cpp csrc/cpu/isa*.cpp
+HOST_FLAGS := -std=c++20 -Wall -Wextra -Wno-psabi -Icsrc
 
-.PHONY: help setup demo test test-long lint format types build bench results clean
+.PHONY: help setup native demo test test-long sanitize neon lint format types build bench results clean
 
 help:
-	@echo "make demo | test | test-long | lint | format | types | build | bench | results | clean"
+	@echo "make demo | test | test-long | sanitize | neon | lint | format | types | build | native | bench | results | clean"
 
-$(READY): pyproject.toml setup.py requirements/test.txt
+# The package is built against the torch of the environment, which therefore comes first.
+$(READY): pyproject.toml setup.py build_native.py requirements/test.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/test.txt -e ".[all]"
+	$(PIP) -c requirements/test.txt torch
+	$(PIP) -c requirements/test.txt -e ".[all]"
 	touch $@
 
 setup: $(READY)
+
+native: $(READY)
+	SPARSE_BWD_NATIVE=cuda $(PIP) --no-deps -e .
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo --out demo-results
@@ -26,6 +40,19 @@ test: $(READY)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -q -m long --timeout=0
+
+sanitize:
+	mkdir -p build
+	$(CXX) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all $(HOST_FLAGS) $(HOST) -o build/sanitize
+	build/sanitize
+
+neon:
+	@command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64-static || \
+		{ echo "make neon needs a compiler for 64-bit Arm and an emulator: apt-get install" \
+			"g++-aarch64-linux-gnu qemu-user-static"; exit 1; }
+	mkdir -p build
+	aarch64-linux-gnu-g++ -O3 -static $(HOST_FLAGS) $(HOST) -o build/neon
+	qemu-aarch64-static build/neon
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,9 +3,9 @@
     sparse_bwd/_native_cpu.abi3.so    csrc/schemas.cpp, csrc/cpu/*.cpp    the schemas, and the kernels of the CPU
     sparse_bwd/_native_cuda.abi3.so   csrc/cuda/*                         the kernels of CUDA; needs the first
 
-One binary serves every Python >= 3.10 and every torch >= 2.11, so building against the torch of the environment that is
-installed into is right, and nothing is downloaded for it. No file is compiled for a particular processor: the kernels of
-an instruction set say so themselves, and are chosen at run time. No GPU is needed to build.
+One binary serves every Python >= 3.10 and every torch >= 2.11, so building against the torch of the environment that
+is installed into is right, and nothing is downloaded for it. No file is compiled for a particular processor: the
+kernels of an instruction set say so themselves, and are chosen at run time. No GPU is needed to build.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ def cuda_extension(root: Path) -> Any:
         raise Unavailable("this version has no CUDA sources")
     if torch.version.cuda is None:
         raise Unavailable(f"torch {torch.__version__} is a build without CUDA; install one with CUDA")
+    from torch.utils import cpp_extension
+
     home = find_cuda(torch.version.cuda)
+    cpp_extension.CUDA_HOME = str(home)
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA_ARCHS
     flags = {"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": [*NVCC_FLAGS]}
@@ -187,13 +190,11 @@ def find_cuda(needed: str) -> Path:
         [str(nvcc), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
     ).stderr
     here = re.search(r"_HERE_=(.+)", steps)
-    found_home = Path(here[1].strip()).parent if here else nvcc.parent.parent
-    os.environ["CUDA_HOME"] = str(found_home)
-    return found_home
+    return Path(here[1].strip()).parent if here else nvcc.parent.parent
 
 
 def build_command(request: str, missing: dict[str, str]) -> Callable[..., Any]:
-    """The build_ext command: BuildExtension, one library after the other, in a folder that lasts from build to build."""
+    """The build_ext command: BuildExtension, one library at a time, in a folder that outlives the build."""
     os.environ.setdefault("MAX_JOBS", str(min(2, os.cpu_count() or 1)))
     from torch.utils.cpp_extension import BuildExtension
 
@@ -206,7 +207,7 @@ def build_command(request: str, missing: dict[str, str]) -> Callable[..., Any]:
                 try:
                     self.build_one(extension)
                 except Exception as error:
-                    missing[extension.kind] = f"compiling it failed ({error}); see above"
+                    missing[extension.kind] = f"compiling it failed, as told above ({str(error).splitlines()[0]})"
                     break
                 built.append(extension)
             self.finish(wanted, built)
