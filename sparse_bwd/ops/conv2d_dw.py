@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sparse_bwd.ops.backend import known, native, register
-from sparse_bwd.ops.layout import is_channels_last, take_channels
+from sparse_bwd.ops.layout import is_channels_last, pixels, take_channels
+from sparse_bwd.ops.linear_dw import linear_dw_plain
 from sparse_bwd.ops.padding import Geometry, pad
 
 
@@ -84,6 +85,8 @@ def conv2d_dw_plain(
     regroup: bool,
 ) -> Tensor:
     geometry = Geometry(tuple(stride), tuple(padding), padding_mode, tuple(dilation), groups)  # type: ignore[arg-type]
+    if geometry.is_product(size, x, dy):
+        return linear_dw_plain(pixels(x), pixels(dy), rows, False)[0][:, :, None, None]
     x = x if spread is None else take_channels(x, spread)
     dy = dy if rows is None else take_channels(dy, rows)
     per_group = x.shape[1] // groups

@@ -33,13 +33,22 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def pixels(x: Tensor) -> Tensor:
+    """The 2-d view [N H W, C] of a channels_last tensor."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def image(pixels: Tensor, like: Tensor) -> Tensor:
+    """The channels_last view [N, C, H, W] of [N H W, C], with N, H and W of `like`; inverse of `pixels`."""
+    n, _, h, w = like.shape
+    return pixels.view(n, h, w, pixels.shape[1]).permute(0, 3, 1, 2)
+
+
 def take_channels(x: Tensor, index: Tensor) -> Tensor:
     """x[:, index] of a 4-d tensor as a new tensor in the memory format of x.
 
     In channels_last the gather runs over a 2-d view, whose kernel is about ten times as fast on CPU as the 4-d one.
     """
     if is_channels_last(x):
-        n, c, h, w = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(n * h * w, c).index_select(1, index)
-        return rows.view(n, h, w, index.numel()).permute(0, 3, 1, 2)
+        return image(pixels(x).index_select(1, index), x)
     return x.index_select(1, index)

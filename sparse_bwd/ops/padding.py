@@ -7,11 +7,14 @@ kept tensor stays x itself and not its padded copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sparse_bwd.ops.layout import image, is_channels_last, pixels
 
 
 class Geometry(NamedTuple):
@@ -28,6 +31,17 @@ class Geometry(NamedTuple):
         """Zero padding that PyTorch's convolution does itself."""
         left, _, top, _ = self.padding
         return (0, 0) if self.pads_outside else (top, left)
+
+    def is_product(self, size: Sequence[int], *tensors: Tensor) -> bool:
+        """Whether the convolution with a kernel of `size` is one matrix product over the pixels of these tensors.
+
+        So it is for 1x1 kernels in channels_last. On CPU the product of the gradients is faster than the convolution,
+        the more the smaller the image (dw of a tenth of the channels: 1.3 to 4 times).
+        """
+        plain = self.groups == 1 and self.stride == (1, 1) and not any(self.padding)
+        return (
+            plain and size[-1] == size[-2] == 1 and all(t.is_cpu and is_channels_last(t) for t in tensors)
+        )
 
     @property
     def pads_outside(self) -> bool:
@@ -74,7 +88,9 @@ def unpad(d: Tensor, shape: tuple[int, int], geometry: Geometry) -> Tensor:
 
 
 def conv2d_dx(dy: Tensor, weight: Tensor, shape: tuple[int, int], geometry: Geometry) -> Tensor:
-    """dx [N, C_in, *shape] of a convolution from dy and the weight alone, as a transposed convolution."""
+    """dx [N, C_in, *shape] of a convolution from dy and the weight alone: a product or a transposed convolution."""
+    if geometry.is_product(weight.shape, dy):
+        return image(pixels(dy) @ weight.flatten(1), dy)
     left, right, top, bottom = geometry.padding
     outside = geometry.pads_outside
     padded = (shape[0] + top + bottom, shape[1] + left + right) if outside else shape

@@ -1,0 +1,136 @@
+"""What serves each operator on this machine and why, and what would make it faster: `sparse-bwd doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparse_bwd.nn  # noqa: F401 -- registers the operators
+from sparse_bwd.ops import backend
+from sparse_bwd.version import __version__
+
+REBUILD = "in a clone of the repository run `SPARSE_BWD_NATIVE={device} pip install --force-reinstall --no-deps .`"
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `sparse-bwd doctor` knows, ready for JSON."""
+    return {
+        "versions": {
+            "sparse_bwd": __version__,
+            "torch": torch.__version__,
+            "torch built for CUDA": torch.version.cuda,
+            "triton": _installed("triton"),
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "tools": {"C++ compiler": _tool(_compiler()), "nvcc": _tool(_nvcc())},
+        "cpu": {"torch": torch.backends.cpu.get_cpu_capability(), "native": _native_instructions()},
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "libraries": {device: _library(device) for device in backend.DEVICES},
+        "operators": [row._asdict() for row in backend.status()],
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    """The same for people."""
+    facts = {**found["versions"], **found["tools"]}
+    lines = [f"{name:22}{value or 'none'}" for name, value in facts.items()]
+    cpu = found["cpu"]
+    lines.append(f"{'CPU instructions':22}torch {cpu['torch']}, native kernels {cpu['native'] or 'not loaded'}")
+    lines.append(f"{'GPU':22}{'; '.join(found['gpus']) or 'none'}")
+    for device, library in found["libraries"].items():
+        state = "loaded" if library["loaded"] else f"not loaded: {library['reason']}"
+        lines.append(f"{'native ' + device.upper() + ' library':22}{state}")
+    rows = [("operator", "device", "served by", "why"), *(tuple(row.values()) for row in found["operators"])]
+    lines += ["", *_table(rows), ""]
+    remedies = [library["remedy"] for library in found["libraries"].values() if library["remedy"]]
+    return "\n".join([*lines, *(remedies or ["Nothing faster is to be had on this machine."])])
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(rows[0]))]
+    return ["".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _library(device: str) -> dict[str, Any]:
+    """Whether the native library of a device is there and loaded, and if not, why and what to do."""
+    path = backend.library(device)
+    reason = backend.missing(device)
+    return {
+        "path": str(path) if path.exists() else None,
+        "loaded": not reason,
+        "reason": reason,
+        "remedy": _remedy(device, path) if reason else "",
+    }
+
+
+def _remedy(device: str, path: Path) -> str:
+    """What to do about a native library that is not loaded; "" where nothing would help."""
+    if os.environ.get(backend.VARIABLE) == "0":
+        return f"{device}: unset {backend.VARIABLE} to use the native library." if path.exists() else ""
+    if device == "cuda" and not torch.cuda.is_available():
+        return ""
+    steps = []
+    if device == "cuda" and torch.version.cuda is None:
+        steps.append("install a torch that is built for CUDA")
+    if _compiler() is None:
+        steps.append("install a C++20 compiler (g++ or clang++)")
+    if device == "cuda" and _nvcc() is None:
+        steps.append(f"install the CUDA {torch.version.cuda} toolkit or set CUDA_HOME")
+    return f"{device}: to get the native library, {', then '.join([*steps, REBUILD.format(device=device)])}."
+
+
+def _native_instructions() -> str | None:
+    """The instruction set that the native CPU kernels use."""
+    if backend.missing("cpu"):
+        return None
+    name: str = backend.native("use_cpu_kernels")("")
+    return name
+
+
+def _gpu(index: int) -> str:  # pragma: no cover -- needs CUDA
+    properties = torch.cuda.get_device_properties(index)
+    return f"{properties.name} (sm_{properties.major}{properties.minor}, {properties.total_memory / 2**20:.0f} MiB)"
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler() -> list[str] | None:
+    """The command that a build would compile C++ with."""
+    named = os.environ.get("CXX")
+    for command in [named] if named else ["c++", "g++", "clang++"]:
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+def _nvcc() -> list[str] | None:
+    """The command that a build would compile CUDA with."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = shutil.which(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+    return [path] if path else None
+
+
+def _tool(command: list[str] | None) -> str | None:
+    """A tool's command and the line of `--version` that names its version."""
+    if command is None:
+        return None
+    shown = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout.splitlines()
+    version = next((line for line in shown if "release" in line), shown[0] if shown else "no version")
+    return f"{shlex.join(command)}: {version.strip()}"
