@@ -78,7 +78,9 @@ __device__ inline uint32_t load_flags(const uint8_t* mask, int64_t i, int64_t nu
 }
 
 struct Flat {
+  int64_t blocks, stride;
   uint32_t size[2];  // channels, inner
+  Place<2> step;     // the stride
   bool vector;       // x and y (dy and dx) are aligned
   bool whole;        // channels_last, a packet never wraps and the per-channel vectors are aligned
 };
@@ -88,13 +90,11 @@ __global__ void __launch_bounds__(kThreads) affine_act_kernel(AffineActParams p,
   constexpr int V = kVector<T>;
   T* y = static_cast<T*>(p.y);
   const T* x = static_cast<const T*>(p.x);
-  const int64_t stride = int64_t{gridDim.x} * kThreads * V;
   Place<2> place((int64_t{blockIdx.x} * kThreads + threadIdx.x) * V, flat.size);
-  const Place<2> step(stride, flat.size);
   rule.low = rounded<T>(rule.low);  // PyTorch compares with the bound in the tensor's type
   rule.high = rounded<T>(rule.high);
   // The bound is the block's, so that all lanes of a warp meet in store_flags.
-  for (int64_t base = int64_t{blockIdx.x} * kThreads * V; base < p.numel; base += stride) {
+  for (int64_t base = int64_t{blockIdx.x} * kThreads * V; base < p.numel; base += flat.stride) {
     const int64_t i = base + int64_t{threadIdx.x} * V;
     const int count = static_cast<int>(p.numel - i < V ? (p.numel > i ? p.numel - i : 0) : V);
     float v[V], a[V], b[V];
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) affine_act_kernel(AffineActParams p,
       per_channel(b, p.shift, place, flat.size, flat.whole);
 #pragma unroll
       for (int k = 0; k < V; ++k) v[k] = rounded<T>(fmaf(v[k], a[k], b[k]));
-      place.advance(step, flat.size);
+      place.advance(flat.step, flat.size);
     }
     uint32_t flags = 0;
 #pragma unroll
@@ -143,18 +143,16 @@ __device__ inline void backward(float (&g)[V], const AffineActDxParams& p, const
 template <typename T>
 __global__ void __launch_bounds__(kThreads) affine_act_dx_kernel(AffineActDxParams p, Flat flat, Rule rule) {
   constexpr int V = kVector<T>;
-  const int64_t stride = int64_t{gridDim.x} * kThreads * V;
   int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * V;
   Place<2> place(i, flat.size);
-  const Place<2> step(stride, flat.size);
-  for (; i < p.numel; i += stride) {
+  for (; i < p.numel; i += flat.stride) {
     const int count = static_cast<int>(p.numel - i < V ? p.numel - i : V);
     float g[V], a[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) a[k] = 1.0f;
     if (p.scale) {
       per_channel(a, p.scale, place, flat.size, flat.whole);
-      place.advance(step, flat.size);
+      place.advance(flat.step, flat.size);
     }
     backward<V, T>(g, p, rule, a, i, 0, count, flat.vector);
   }
@@ -238,14 +236,12 @@ int vector_of(DType dtype) { return dtype == DType::f32 ? 4 : 8; }
 
 template <typename P>
 Flat flat_of(const P& p, const void* in, const void* out, bool vectors_aligned) {
+  const int64_t step = int64_t{kThreads} * vector_of(p.dtype);
+  const int64_t blocks = std::min(ceil_div(p.numel, step), kMaxBlocks);
   const bool whole = p.inner == 1 && p.channels % vector_of(p.dtype) == 0 && vectors_aligned;
-  const bool mapped = p.scale != nullptr;  // without per-channel vectors the place is never looked at
-  return {{mapped ? static_cast<uint32_t>(p.channels) : 1, mapped ? static_cast<uint32_t>(p.inner) : 1},
-          aligned(in) && aligned(out), whole};
-}
-
-int64_t flat_blocks(int64_t numel, DType dtype) {
-  return std::min(ceil_div(numel, int64_t{kThreads} * vector_of(dtype)), kMaxBlocks);
+  // Without per-channel vectors the place is never looked at, and inner may be anything.
+  const uint32_t size[2] = {p.scale ? static_cast<uint32_t>(p.channels) : 1, p.scale ? static_cast<uint32_t>(p.inner) : 1};
+  return {blocks, blocks * step, {size[0], size[1]}, Place<2>(blocks * step, size), aligned(in) && aligned(out), whole};
 }
 
 int64_t splits_of(const AffineActDxParams& p) {
@@ -260,7 +256,7 @@ cudaError_t affine_act(const AffineActParams& p, cudaStream_t stream) {
   const Flat flat = flat_of(p, p.x, p.y, aligned(p.scale) && aligned(p.shift));
   const Rule rule = rule_of(p);
   return with_type(p.dtype, [&](auto zero) {
-    return launch(affine_act_kernel<decltype(zero)>, flat_blocks(p.numel, p.dtype), stream, p, flat, rule);
+    return launch(affine_act_kernel<decltype(zero)>, flat.blocks, stream, p, flat, rule);
   });
 }
 
@@ -280,7 +276,7 @@ cudaError_t affine_act_dx(const AffineActDxParams& p, cudaStream_t stream) {
     using T = decltype(zero);
     constexpr int V = kVector<T>;
     if (!p.dshift) {
-      return launch(affine_act_dx_kernel<T>, flat_blocks(p.numel, p.dtype), stream, p, flat, rule);
+      return launch(affine_act_dx_kernel<T>, flat.blocks, stream, p, flat, rule);
     }
     if (p.inner == 1) {
       const Pixels pixels(p, V);

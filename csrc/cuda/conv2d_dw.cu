@@ -17,23 +17,25 @@ constexpr int taps_of = K > 0 ? K * K : kTaps;
 struct Work {
   int lanes, passes;
   int64_t blocks_j, pixels, chunk, splits;
-  uint32_t size[2];  // oh, ow
-  int64_t x_n, x_j, x_h, x_w, y_n, y_c, y_pixel;  // strides
+  int64_t x_n, x_j, y_n, y_c, y_pixel;  // strides of samples, channels and output pixels
+  int32_t x_h, x_w;                     // strides inside one image
+  uint32_t size[2];                     // oh, ow
+  Place<2> step;                        // the workers
 
-  Work(const Conv2dDwParams& p, int taps) {
+  Work(const Conv2dDwParams& p, int taps)
+      : lanes(p.channels_last ? power_of_two_at_least(p.selected, kWarp) : 1),
+        size{static_cast<uint32_t>(p.window.oh), static_cast<uint32_t>(p.window.ow)},
+        step(kThreads / lanes, size) {
     const Window& w = p.window;
-    lanes = p.channels_last ? power_of_two_at_least(p.selected, kWarp) : 1;
     blocks_j = ceil_div(p.selected, lanes);
     passes = static_cast<int>(ceil_div(w.kernel[0] * w.kernel[1], taps));
     pixels = p.n * w.oh * w.ow;
     splits = choose_splits(blocks_j * passes, ceil_div(pixels, kThreads / lanes * int64_t{8}));
     chunk = ceil_div(pixels, splits);
-    size[0] = w.oh;
-    size[1] = w.ow;
     const int64_t image = int64_t{w.h} * w.w, out = int64_t{w.oh} * w.ow;
     x_n = p.selected * image;
     x_j = p.channels_last ? 1 : image;
-    x_w = p.channels_last ? p.selected : 1;
+    x_w = p.channels_last ? static_cast<int32_t>(p.selected) : 1;
     x_h = w.w * x_w;
     y_n = p.channels * out;
     y_c = p.channels_last ? 1 : out;
@@ -45,13 +47,13 @@ struct Work {
 
 // sum[t] += g x of every tap that lies inside the image; (row, column) is the place of tap (0, 0).
 template <typename T, int K>
-__device__ inline void add_taps(float (&sum)[taps_of<K>], float g, const T* x, int64_t row, int64_t column,
+__device__ inline void add_taps(float (&sum)[taps_of<K>], float g, const T* x, int row, int column,
                                 const Window& w, const Work& work, int first) {
 #pragma unroll
   for (int t = 0; t < taps_of<K>; ++t) {
     const int a = K > 0 ? t / (K > 0 ? K : 1) : (first + t) / w.kernel[1];
     const int b = K > 0 ? t % (K > 0 ? K : 1) : (first + t) % w.kernel[1];
-    const int64_t i = row + int64_t{a} * w.dilation[0], j = column + int64_t{b} * w.dilation[1];
+    const int i = row + a * w.dilation[0], j = column + b * w.dilation[1];
     const bool inside = i >= 0 && i < w.h && j >= 0 && j < w.w && (K > 0 || a < w.kernel[0]);
     if (inside) sum[t] = fmaf(g, to_float(x[i * work.x_h + j * work.x_w]), sum[t]);
   }
@@ -81,12 +83,11 @@ __global__ void __launch_bounds__(kThreads) conv2d_dw_kernel(Conv2dDwParams p, f
     int64_t m = split * work.chunk + threadIdx.x / work.lanes;
     const int64_t end = (split + 1) * work.chunk < work.pixels ? (split + 1) * work.chunk : work.pixels;
     Place<2> place(m, work.size);
-    const Place<2> step(workers, work.size);
-    for (; m < end; m += workers, place.advance(step, work.size)) {
-      const int64_t pixel = int64_t{place.digit[0]} * w.ow + place.digit[1];
-      const float g = to_float(dy[place.outer * work.y_n + pixel * work.y_pixel]);
-      add_taps<T, K>(sum, g, x + place.outer * work.x_n, int64_t{place.digit[0]} * w.stride[0] - w.padding[0],
-                     int64_t{place.digit[1]} * w.stride[1] - w.padding[1], w, work, first);
+    for (; m < end; m += workers, place.advance(work.step, work.size)) {
+      const float g = to_float(dy[place.outer * work.y_n + (int64_t{place.digit[0]} * w.ow + place.digit[1]) * work.y_pixel]);
+      const int row = static_cast<int>(place.digit[0]) * w.stride[0] - w.padding[0];
+      const int column = static_cast<int>(place.digit[1]) * w.stride[1] - w.padding[1];
+      add_taps<T, K>(sum, g, x + place.outer * work.x_n, row, column, w, work, first);
     }
   }
 #pragma unroll

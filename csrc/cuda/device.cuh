@@ -130,7 +130,7 @@ __device__ inline void store(T* p, const float (&v)[V], int first, int last, boo
 }
 
 // Quotient and remainder of a non-negative i; 64-bit division is several times as slow, and rarely needed.
-__device__ inline int64_t split_off(int64_t i, uint32_t size, uint32_t& remainder) {
+__host__ __device__ inline int64_t split_off(int64_t i, uint32_t size, uint32_t& remainder) {
   if (i >> 32 == 0) {
     remainder = static_cast<uint32_t>(i) % size;
     return static_cast<uint32_t>(i) / size;
@@ -145,7 +145,7 @@ struct Place {
   int64_t outer;
   uint32_t digit[K];
 
-  __device__ Place(int64_t i, const uint32_t (&size)[K]) {
+  __host__ __device__ Place(int64_t i, const uint32_t (&size)[K]) {
 #pragma unroll
     for (int k = K - 1; k >= 0; --k) i = split_off(i, size[k], digit[k]);
     outer = i;

@@ -11,37 +11,39 @@
 namespace sparse_bwd::cuda {
 namespace {
 
-// Digits of a flat index over [n, rows, columns, groups of V channels].
+// A grid-stride loop over [n, rows, columns, groups of V channels].
 struct Grid {
+  int64_t total, blocks, stride;
   uint32_t size[3];
-  int64_t total;
+  Place<3> step;
 };
 
 Grid grid_of(const MaxPool2dParams& p, int32_t rows, int32_t columns, int vector) {
-  const uint32_t groups = static_cast<uint32_t>(p.channels / vector);
-  return {{static_cast<uint32_t>(rows), static_cast<uint32_t>(columns), groups}, p.n * rows * columns * groups};
+  const uint32_t size[3] = {static_cast<uint32_t>(rows), static_cast<uint32_t>(columns),
+                            static_cast<uint32_t>(p.channels / vector)};
+  const int64_t total = p.n * rows * columns * size[2];
+  const int64_t blocks = std::min(ceil_div(total, kThreads), kMaxBlocks), stride = blocks * kThreads;
+  return {total, blocks, stride, {size[0], size[1], size[2]}, Place<3>(stride, size)};
 }
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) max_pool2d_kernel(MaxPool2dParams p, Grid grid) {
   const Window& w = p.window;
-  const int64_t stride = int64_t{gridDim.x} * kThreads;
   int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   Place<3> place(i, grid.size);
-  const Place<3> step(stride, grid.size);
-  for (; i < grid.total; i += stride, place.advance(step, grid.size)) {
-    const int64_t top = int64_t{place.digit[0]} * w.stride[0] - w.padding[0];
-    const int64_t left = int64_t{place.digit[1]} * w.stride[1] - w.padding[1];
-    const T* image = static_cast<const T*>(p.in) + place.outer * w.h * w.w * p.channels + place.digit[2] * V;
+  for (; i < grid.total; i += grid.stride, place.advance(grid.step, grid.size)) {
+    const int top = static_cast<int>(place.digit[0]) * w.stride[0] - w.padding[0];
+    const int left = static_cast<int>(place.digit[1]) * w.stride[1] - w.padding[1];
+    const T* image = static_cast<const T*>(p.in) + place.outer * (w.h * w.w * p.channels) + place.digit[2] * V;
     float best[V], v[V];
     int at[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) best[k] = -INFINITY, at[k] = -1;
     for (int a = 0; a < w.kernel[0]; ++a) {
-      const int64_t row = top + int64_t{a} * w.dilation[0];
+      const int row = top + a * w.dilation[0];
       if (row < 0 || row >= w.h) continue;
       for (int b = 0; b < w.kernel[1]; ++b) {
-        const int64_t column = left + int64_t{b} * w.dilation[1];
+        const int column = left + b * w.dilation[1];
         if (column < 0 || column >= w.w) continue;
         load(v, image + (row * w.w + column) * p.channels, 0, V, true);
 #pragma unroll
@@ -82,19 +84,18 @@ struct Reach {
   }
 };
 
+// Asked for four blocks at a time, the compiler stops short of spilling registers for eight.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     max_pool2d_dx_kernel(MaxPool2dParams p, Grid grid, Reach rows, Reach columns) {
   const Window& w = p.window;
-  const int64_t stride = int64_t{gridDim.x} * kThreads;
   int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   Place<3> place(i, grid.size);
-  const Place<3> step(stride, grid.size);
-  for (; i < grid.total; i += stride, place.advance(step, grid.size)) {
+  for (; i < grid.total; i += grid.stride, place.advance(grid.step, grid.size)) {
     int top, bottom, left, right;
     rows(w, 0, place.digit[0], w.oh, top, bottom);
     columns(w, 1, place.digit[1], w.ow, left, right);
-    const int64_t image = place.outer * w.oh * w.ow * p.channels + place.digit[2] * V;
+    const int64_t image = place.outer * (w.oh * w.ow * p.channels) + place.digit[2] * V;
     float sum[V] = {}, g[V];
     for (int r = top; r <= bottom; ++r) {
       const int a = rows.tap(w, 0, place.digit[0], r);
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int c = left; c <= right; ++c) {
         const int b = columns.tap(w, 1, place.digit[1], c);
         if (b < 0) continue;
-        const int64_t from = image + (int64_t{r} * w.ow + c) * p.channels;
+        const int64_t from = image + (r * w.ow + c) * p.channels;
         const Packet<uint8_t, V> offset = *reinterpret_cast<const Packet<uint8_t, V>*>(p.offset + from);
         const int here = a * w.kernel[1] + b;
         bool any = false;
@@ -122,8 +123,6 @@ bool in_packets(const MaxPool2dParams& p, int vector) {
   return p.channels % vector == 0 && aligned(p.in) && aligned(p.out) && aligned(p.offset);
 }
 
-int64_t blocks_for(const Grid& grid) { return std::min(ceil_div(grid.total, kThreads), kMaxBlocks); }
-
 }  // namespace
 
 cudaError_t max_pool2d(const MaxPool2dParams& p, cudaStream_t stream) {
@@ -132,7 +131,7 @@ cudaError_t max_pool2d(const MaxPool2dParams& p, cudaStream_t stream) {
     const int vector = in_packets(p, kVector<T>) ? kVector<T> : 1;
     const Grid grid = grid_of(p, p.window.oh, p.window.ow, vector);
     const auto kernel = vector > 1 ? max_pool2d_kernel<T, kVector<T>> : max_pool2d_kernel<T, 1>;
-    return launch(kernel, blocks_for(grid), stream, p, grid);
+    return launch(kernel, grid.blocks, stream, p, grid);
   });
 }
 
@@ -144,7 +143,7 @@ cudaError_t max_pool2d_dx(const MaxPool2dParams& p, cudaStream_t stream) {
     const int vector = in_packets(p, kVector<T>) ? kVector<T> : 1;
     const Grid grid = grid_of(p, w.h, w.w, vector);
     const auto kernel = vector > 1 ? max_pool2d_dx_kernel<T, kVector<T>> : max_pool2d_dx_kernel<T, 1>;
-    return launch(kernel, blocks_for(grid), stream, p, grid, rows, columns);
+    return launch(kernel, grid.blocks, stream, p, grid, rows, columns);
   });
 }
 

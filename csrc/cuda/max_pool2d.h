@@ -14,7 +14,8 @@ struct MaxPool2dParams {
   void* out;        // y, or dx
   uint8_t* offset;  // written forward, read backward
   const void* in;   // x, or dy
-  int64_t n, channels;
+  int64_t n;
+  int32_t channels;
   Window window;
   DType dtype;
 };

@@ -22,9 +22,9 @@ struct WideOf<double> {
   using type = double;
 };
 
-// What the elements first <= k < last from i on add to the sums of v[k]; the new values are stored.
-template <int V, typename T, typename P>
-__device__ inline void take(double (&dot)[V], double (&now_sq)[V], double (&old_sq)[V], const ResponseParams& p,
+// Add element k of first <= k < last from i on to sums number k % A, and store the new values.
+template <int V, typename T, typename P, int A>
+__device__ inline void take(double (&dot)[A], double (&now_sq)[A], double (&old_sq)[A], const ResponseParams& p,
                             int64_t i, int first, int last, bool vector) {
   float now[V];
   typename WideOf<P>::type old[V];
@@ -34,9 +34,9 @@ __device__ inline void take(double (&dot)[V], double (&now_sq)[V], double (&old_
 #pragma unroll
   for (int k = 0; k < V; ++k) {
     const double a = now[k], b = old[k];
-    dot[k] = fma(a, b, dot[k]);
-    now_sq[k] = fma(a, a, now_sq[k]);
-    old_sq[k] = fma(b, b, old_sq[k]);
+    dot[k % A] = fma(a, b, dot[k % A]);
+    now_sq[k % A] = fma(a, a, now_sq[k % A]);
+    old_sq[k % A] = fma(b, b, old_sq[k % A]);
   }
   store(previous, now, first, last, vector);
 }
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t unit = int64_t{blockIdx.x} * (kThreads / planes.team) + threadIdx.x / planes.team;
   const int64_t row = unit % planes.rows, part = unit / planes.rows;
   const bool works = part < planes.chunks;
-  double dot[V] = {}, now_sq[V] = {}, old_sq[V] = {};
+  double dot[2] = {}, now_sq[2] = {}, old_sq[2] = {};
   if (works) {
     const int64_t begin = row * p.positions + part * planes.chunk, stop = (row + 1) * p.positions;
     const int64_t end = begin + planes.chunk < stop ? begin + planes.chunk : stop;
@@ -72,9 +72,7 @@ __global__ void __launch_bounds__(kThreads)
       take<V, T, P>(dot, now_sq, old_sq, p, i, first, last, vector);
     }
   }
-  double total[3] = {};
-#pragma unroll
-  for (int k = 0; k < V; ++k) total[0] += dot[k], total[1] += now_sq[k], total[2] += old_sq[k];
+  const double total[3] = {dot[0] + dot[1], now_sq[0] + now_sq[1], old_sq[0] + old_sq[1]};
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     const double sum = planes.team == kThreads ? block_sum(total[s]) : sum_lanes(total[s], planes.team / 2, 1);

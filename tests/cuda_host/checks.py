@@ -1,4 +1,4 @@
-"""What every build of the CUDA kernels must do, on whatever device: each check takes `ops`, which has the native schemas.
+"""What every build of the CUDA kernels must do, on whatever device. A check takes `ops`, which has the native schemas.
 
 Inputs are small multiples of 1/8, so that every product and every sum is exact in float32: an implementation must
 give the oracle's values, rounded once to the element type, and needs no tolerance whatever the order of its sums.
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sparse_bwd.ops import bits
-from sparse_bwd.ops.layout import flat
 from sparse_bwd.ops.padding import Geometry
 from sparse_bwd.ops.reference import (
     affine_act_bwd_ref,
@@ -99,9 +98,11 @@ def check_affine_act(
     a, b = (None if v is None else fenced(v) for v in (scale, bias))
     source = fenced(x)
     y = source if inplace else fenced.empty(x)
-    mask = None if act == "none" else fenced.empty(torch.zeros(bits.packed_size(x.numel()), dtype=torch.uint8))
+    packed = torch.zeros(bits.packed_size(x.numel()), dtype=torch.uint8)
+    mask = None if act == "none" else fenced.empty(packed)
     ops.affine_act(y, mask, source, a, b, inner, ACTS[act], low, high)
-    pre = affine_act_ref(x.double(), *(v if v is None else v.double() for v in (scale, bias)), "none").to(dtype)
+    wide = [None if v is None else v.double() for v in (scale, bias)]
+    pre = affine_act_ref(x.double(), *wide, "none").to(dtype)
     assert_same_bits(y.cpu(), affine_act_ref(pre, None, None, act, low, high), "y")
     marks = {"relu": pre <= 0, "hardtanh": (pre <= low) | (pre >= high), "leaky_relu": pre > 0}.get(act)
     if mask is not None and marks is not None:
@@ -179,7 +180,13 @@ def check_max_pool2d(
 
 
 def check_response(
-    ops: Any, device: str, shape: Sequence[int], dtype: torch.dtype, stored: torch.dtype, layout: str, shift: int = 0
+    ops: Any,
+    device: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    layout: str,
+    shift: int = 0,
 ) -> None:
     """The three sums, exact in float64, and the new response stored in the dtype of the previous one."""
     new, previous = (laid_out(eighths(*shape).to(t), layout) for t in (dtype, stored))

@@ -15,7 +15,8 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-FLAGS = ["-std=c++17", "-O0", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fno-strict-aliasing", *WARNINGS]
 
 
 class Struct(ctypes.Structure):
@@ -55,7 +56,7 @@ class Window(Struct):
 
 class MaxPool2dParams(Struct):
     _fields_ = [
-        ("out", c_void_p), ("offset", c_void_p), ("source", c_void_p), ("n", c_int64), ("channels", c_int64),
+        ("out", c_void_p), ("offset", c_void_p), ("source", c_void_p), ("n", c_int64), ("channels", c_int32),
         ("window", Window), ("dtype", c_int),
     ]  # fmt: skip
 
@@ -93,11 +94,13 @@ def build(folder: Path, *extra: str) -> Path:
     paths = [*sorted(SOURCES.glob("*.cu")), HERE / "exports.cpp"]
     includes = [f"-I{HERE / 'include'}", f"-I{SOURCES}"]
     objects = [folder / f"{path.stem}.o" for path in paths]
+    command = [compiler, *FLAGS, *extra, *includes, "-x", "c++", "-c"]
     running = [
-        subprocess.Popen([compiler, *FLAGS, *extra, *includes, "-x", "c++", "-c", str(path), "-o", str(target)])
+        subprocess.Popen([*command, str(path), "-o", str(target)])
         for path, target in zip(paths, objects, strict=True)
     ]
-    assert all([process.wait() == 0 for process in running]), "a CUDA source does not compile as C++"
+    codes = [process.wait() for process in running]  # of all of them, so that none outlives a failure
+    assert not any(codes), "a CUDA source does not compile as C++"
     library = folder / "libcuda_host.so"
     subprocess.run([compiler, *extra, "-shared", *map(str, objects), "-o", str(library)], check=True)
     return library
