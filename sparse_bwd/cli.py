@@ -240,6 +240,16 @@ def predict(
     _print(rows, "\n".join(lines), as_json)
 
 
+@app.command()
+@_reports_errors
+def doctor(as_json: Json = False) -> None:
+    """What serves each operator on this machine and why, and what would make it faster."""
+    from sparse_bwd.doctor import examine, render
+
+    found = examine()
+    _print(found, render(found), as_json)
+
+
 def _print(result: Any, text: str, as_json: bool) -> None:
     typer.echo(json.dumps(result, indent=2) if as_json else text)
 

@@ -18,7 +18,13 @@ import sparse_bwd.nn  # noqa: F401 -- registers the operators
 from sparse_bwd.ops import backend
 from sparse_bwd.version import __version__
 
-REBUILD = "in a clone of the repository run `SPARSE_BWD_NATIVE={device} pip install --force-reinstall --no-deps .`"
+REBUILD = (
+    "in a clone of the repository run `SPARSE_BWD_NATIVE={device} pip install --force-reinstall --no-deps .`"
+)
+LIMITS = (
+    "Native kernels serve dense float32 and bfloat16 tensors (on CUDA float16 too), conv2d_dw those of depthwise "
+    "layers; plain PyTorch serves every other call."
+)
 
 
 def examine() -> dict[str, Any]:
@@ -45,13 +51,17 @@ def render(found: dict[str, Any]) -> str:
     facts = {**found["versions"], **found["tools"]}
     lines = [f"{name:22}{value or 'none'}" for name, value in facts.items()]
     cpu = found["cpu"]
-    lines.append(f"{'CPU instructions':22}torch {cpu['torch']}, native kernels {cpu['native'] or 'not loaded'}")
+    lines.append(
+        f"{'CPU instructions':22}torch {cpu['torch']}, native kernels {cpu['native'] or 'not loaded'}"
+    )
     lines.append(f"{'GPU':22}{'; '.join(found['gpus']) or 'none'}")
     for device, library in found["libraries"].items():
         state = "loaded" if library["loaded"] else f"not loaded: {library['reason']}"
         lines.append(f"{'native ' + device.upper() + ' library':22}{state}")
     rows = [("operator", "device", "served by", "why"), *(tuple(row.values()) for row in found["operators"])]
     lines += ["", *_table(rows), ""]
+    if any(library["loaded"] for library in found["libraries"].values()):
+        lines.append(LIMITS)
     remedies = [library["remedy"] for library in found["libraries"].values() if library["remedy"]]
     return "\n".join([*lines, *(remedies or ["Nothing faster is to be had on this machine."])])
 
@@ -59,12 +69,14 @@ def render(found: dict[str, Any]) -> str:
 def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
     rows = list(rows)
     widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(rows[0]))]
-    return ["".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return [
+        "".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def _library(device: str) -> dict[str, Any]:
     """Whether the native library of a device is there and loaded, and if not, why and what to do."""
-    path = backend.library(device)
+    path = Path(__file__).parent / f"_native_{device}.abi3.so"
     reason = backend.missing(device)
     return {
         "path": str(path) if path.exists() else None,
@@ -76,17 +88,23 @@ def _library(device: str) -> dict[str, Any]:
 
 def _remedy(device: str, path: Path) -> str:
     """What to do about a native library that is not loaded; "" where nothing would help."""
-    if os.environ.get(backend.VARIABLE) == "0":
-        return f"{device}: unset {backend.VARIABLE} to use the native library." if path.exists() else ""
-    if device == "cuda" and not torch.cuda.is_available():
+    wrong_torch = device == "cuda" and torch.version.cuda is None
+    reachable = shutil.which("nvidia-smi") if wrong_torch else torch.cuda.is_available()
+    if device == "cuda" and not reachable:
         return ""
     steps = []
-    if device == "cuda" and torch.version.cuda is None:
+    if os.environ.get(backend.VARIABLE) == "0":
+        if path.exists():
+            return f"{device}: unset {backend.VARIABLE} to use the native library."
+        steps.append(f"unset {backend.VARIABLE}")
+    if wrong_torch:
         steps.append("install a torch that is built for CUDA")
     if _compiler() is None:
         steps.append("install a C++20 compiler (g++ or clang++)")
     if device == "cuda" and _nvcc() is None:
-        steps.append(f"install the CUDA {torch.version.cuda} toolkit or set CUDA_HOME")
+        steps.append(
+            f"install the CUDA {torch.version.cuda or ''} toolkit or set CUDA_HOME".replace("  ", " ")
+        )
     return f"{device}: to get the native library, {', then '.join([*steps, REBUILD.format(device=device)])}."
 
 
@@ -123,7 +141,8 @@ def _compiler() -> list[str] | None:
 def _nvcc() -> list[str] | None:
     """The command that a build would compile CUDA with."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    path = shutil.which(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+    wanted = [str(Path(home) / "bin" / "nvcc")] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    path = next(filter(None, map(shutil.which, wanted)), None)
     return [path] if path else None
 
 
@@ -131,6 +150,8 @@ def _tool(command: list[str] | None) -> str | None:
     """A tool's command and the line of `--version` that names its version."""
     if command is None:
         return None
-    shown = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout.splitlines()
+    shown = subprocess.run(
+        [*command, "--version"], capture_output=True, text=True, timeout=60
+    ).stdout.splitlines()
     version = next((line for line in shown if "release" in line), shown[0] if shown else "no version")
     return f"{shlex.join(command)}: {version.strip()}"

@@ -27,7 +27,7 @@ VARIABLE = "SPARSE_BWD_NATIVE"
 DEVICES = ("cpu", "cuda")
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-_has_native: dict[str, bool] = {}
+_served: dict[str, tuple[str, ...]] = {}
 _forced: str | None = None
 
 
@@ -51,12 +51,13 @@ def _load(device: str) -> str:
         return f"it needs the native library for cpu: {_missing['cpu']}"
     if device == "cuda" and not torch.cuda.is_available():
         return "this machine has no CUDA device"
-    try:  # pragma: no cover -- needs the native library
+    try:
         torch.ops.load_library(path)
-    except Exception as error:  # pragma: no cover -- whatever the loader says, PyTorch serves instead
+    except Exception as error:  # whatever the loader says, PyTorch serves instead
         sentence = f"the native library for {device} cannot be loaded ({str(error).strip().splitlines()[0]})"
         warnings.warn(
-            f"sparse_bwd: {sentence}; plain PyTorch serves instead. Build it again for this torch, or set {VARIABLE}=0.",
+            f"sparse_bwd: {sentence}; plain PyTorch serves instead. "
+            f"Build it again for this torch, or set {VARIABLE}=0.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -71,7 +72,11 @@ for _device in DEVICES:
 
 def types(device: str) -> tuple[torch.dtype, ...]:
     """The dtypes that the native kernels of a device know."""
-    return (torch.float32, torch.bfloat16, torch.float16) if device == "cuda" else (torch.float32, torch.bfloat16)
+    return (
+        (torch.float32, torch.bfloat16, torch.float16)
+        if device == "cuda"
+        else (torch.float32, torch.bfloat16)
+    )
 
 
 TYPES = {device: types(device) for device in DEVICES}
@@ -107,9 +112,9 @@ def register(
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, plain, "CompositeExplicitAutograd")
-    _has_native[name] = native is not None
-    for device in DEVICES:
-        if native is not None and device in devices and not _missing[device]:
+    _served[name] = devices if native is not None else ()
+    for device in _served[name]:
+        if native is not None and not _missing[device]:
             _library.impl(name, _choosing(name, plain, native), device.upper())
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
@@ -159,9 +164,9 @@ def missing(device: str) -> str:
 def status() -> list[Row]:
     """Who serves each operator on each device, and why."""
     rows = []
-    for operator, has_native in _has_native.items():
+    for operator, served in _served.items():
         for device in DEVICES:
-            if not has_native:
+            if device not in served:
                 rows.append(Row(operator, device, "plain", "PyTorch's own kernels serve it"))
             elif _missing[device]:
                 rows.append(Row(operator, device, "plain", _missing[device]))
