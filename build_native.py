@@ -1,7 +1,7 @@
 """What setup.py compiles: two shared libraries against PyTorch's stable ABI, loaded with `torch.ops.load_library`.
 
     sparse_bwd/_native_cpu.abi3.so    csrc/schemas.cpp, csrc/cpu/*.cpp    the schemas, and the kernels of the CPU
-    sparse_bwd/_native_cuda.abi3.so   csrc/cuda/*                         the kernels of CUDA; needs the first
+    sparse_bwd/_native_cuda.abi3.so   csrc/cuda/**                        the kernels of CUDA; needs the first
 
 One binary serves every Python >= 3.10 and every torch >= 2.11, so building against the torch of the environment that
 is installed into is right, and nothing is downloaded for it. No file is compiled for a particular processor: the
@@ -90,7 +90,7 @@ def cpu_extension(root: Path) -> Any:
 
 def cuda_extension(root: Path) -> Any:
     torch = find_torch()
-    sources = [path for path in (root / "csrc" / "cuda").glob("*") if path.suffix in (".cu", ".cpp")]
+    sources = [path for path in (root / "csrc" / "cuda").rglob("*") if path.suffix in (".cu", ".cpp")]
     if not sources:
         raise Unavailable("this version has no CUDA sources")
     if torch.version.cuda is None:
@@ -118,7 +118,8 @@ def extension(
     from torch.utils.cpp_extension import include_paths, library_paths
 
     common = [flag for path in include_paths() for flag in ("-isystem", path)]
-    common.append(f"-ffile-prefix-map={root}=.")  # the same bytes wherever the sources lie
+    prefix = f"-ffile-prefix-map={root}=."  # the same bytes wherever the sources lie
+    own = {"cxx": [*common, prefix], "nvcc": [*common, f"-Xcompiler={prefix}"]}
     headers = [path for path in (root / "csrc").rglob("*") if path.suffix in (".h", ".inl", ".cuh")]
     built = Extension(
         f"{PACKAGE}._native_{kind}",
@@ -126,7 +127,7 @@ def extension(
         include_dirs=[str(root / "csrc")],  # ninja runs in another folder
         library_dirs=library_paths(),
         libraries=libraries,
-        extra_compile_args={language: [*given, *common] for language, given in flags.items()},
+        extra_compile_args={language: [*given, *own[language]] for language, given in flags.items()},
         depends=sorted(path.relative_to(root).as_posix() for path in headers),
         language="c++",
         py_limited_api=True,

@@ -1,8 +1,8 @@
 // Binding of affine_act and affine_act_dx on CUDA.
 
-#include "affine_act.h"
+#include "cuda/kernels/affine_act.h"
 
-#include "binding.h"
+#include "cuda/binding.h"
 
 namespace sparse_bwd::cuda {
 namespace {

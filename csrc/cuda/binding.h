@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "types.h"
+#include "cuda/kernels/types.h"
 
 namespace sparse_bwd::cuda {
 

@@ -1,8 +1,8 @@
 // Binding of the depthwise conv2d_dw on CUDA.
 
-#include "conv2d_dw.h"
+#include "cuda/kernels/conv2d_dw.h"
 
-#include "binding.h"
+#include "cuda/binding.h"
 
 namespace sparse_bwd::cuda {
 namespace {

@@ -1,8 +1,8 @@
 // Binding of max_pool2d and max_pool2d_dx on CUDA.
 
-#include "max_pool2d.h"
+#include "cuda/kernels/max_pool2d.h"
 
-#include "binding.h"
+#include "cuda/binding.h"
 
 namespace sparse_bwd::cuda {
 namespace {

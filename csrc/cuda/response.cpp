@@ -1,8 +1,8 @@
 // Binding of response on CUDA.
 
-#include "response.h"
+#include "cuda/kernels/response.h"
 
-#include "binding.h"
+#include "cuda/binding.h"
 
 namespace sparse_bwd::cuda {
 namespace {

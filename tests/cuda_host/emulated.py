@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parents[1] / "csrc" / "cuda"
+SOURCES = HERE.parents[1] / "csrc" / "cuda" / "kernels"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fno-strict-aliasing", *WARNINGS]
 
 
 class Struct(ctypes.Structure):
-    """A parameter struct of csrc/cuda/<op>.h, field by field."""
+    """A parameter struct of csrc/cuda/kernels/<op>.h, field by field."""
 
     def __init__(self, **fields: Any) -> None:
         for name, value in fields.items():

@@ -1,4 +1,4 @@
-// Just enough of CUDA for a C++ compiler to build csrc/cuda/*.cu and run it on the CPU.
+// Just enough of CUDA for a C++ compiler to build csrc/cuda/kernels/*.cu and run it on the CPU.
 //
 // The blocks of a launch run one after another. The threads of a block are fibers that hand over at barriers, in
 // ascending or descending order (`reversed`): a result that depends on the order misses a barrier. A barrier that not

@@ -146,7 +146,6 @@ struct Place {
   uint32_t digit[K];
 
   __host__ __device__ Place(int64_t i, const uint32_t (&size)[K]) {
-#pragma unroll
     for (int k = K - 1; k >= 0; --k) i = split_off(i, size[k], digit[k]);
     outer = i;
   }
