@@ -28,9 +28,13 @@ struct Slot {
 };
 
 // Elements [rows, columns, taps] at the given distances; the tap distance is 1 (NCHW) or the column distance is.
+// The stride of a dimension of size 1 says nothing, so the tap distance is that of the last larger one.
 struct Grid {
   int64_t row, column, tap;
-  explicit Grid(const Tensor& x) : row(x.stride(0)), column(x.stride(1)), tap(x.dim() > 2 ? x.stride(x.dim() - 1) : 1) {}
+  explicit Grid(const Tensor& x) : row(x.stride(0)), column(x.dim() > 1 ? x.stride(1) : 1), tap(1) {
+    for (int64_t d = 2; d < x.dim(); ++d)
+      if (x.size(d) > 1) tap = x.stride(d);
+  }
 };
 
 void copy_column(const Slot& slot, int64_t to, int64_t from, int64_t taps, const Grid& full, const Grid& part) {
@@ -38,20 +42,43 @@ void copy_column(const Slot& slot, int64_t to, int64_t from, int64_t taps, const
   for (int64_t t = 0; t < taps; ++t) slot.copy(to + t * full.tap, from + t * part.tap, 1);
 }
 
+// Writing outside the weight must be impossible, whatever the index holds.
+void check(const Tensor& full, const Tensor& part, const std::optional<Tensor>& index, int64_t dim, int64_t groups) {
+  require(groups > 0 && full.size(0) % groups == 0, "the groups must divide the rows of the weight.");
+  const int64_t channels = dim == 0 ? full.size(0) : full.size(1) * groups;
+  int64_t count = channels;
+  if (index) {
+    require(index->scalar_type() == torch::headeronly::ScalarType::Long && index->is_contiguous(),
+            "an index must be contiguous int64.");
+    count = index->numel();
+    const int64_t* values = (const int64_t*)index->const_data_ptr();
+    for (int64_t i = 0; i < count; ++i)
+      require(values[i] >= 0 && values[i] < channels, "an index names a channel that the weight does not have.");
+  }
+  require(part.numel() * channels == full.numel() * count, "a slice must hold the values of its channels.");
+}
+
 void write(const Tensor& full, const Tensor& part, const std::optional<Tensor>& index, int64_t dim, int64_t groups) {
-  require(full.element_size() == part.element_size(), "a slice and its weight must have one type.");
+  require(full.scalar_type() == part.scalar_type(), "a slice and its weight must have one type.");
   const int64_t axis = dim == 1 && groups > 1 ? 0 : dim;
   const Slot slot{(char*)full.mutable_data_ptr(), (const char*)part.const_data_ptr(),
                   index ? (const int64_t*)index->const_data_ptr() : nullptr,
                   part.dim() > axis ? part.size(axis) : 1, (int64_t)full.element_size()};
+  check(full, part, index, dim, groups);
   if (part.numel() == 0) return;
+  const Grid f(full), s(part);
+  const int64_t taps = product(full, 2), per_in = full.dim() > 1 ? full.size(1) : 1, per_out = full.size(0) / groups;
   if (dim == 0) {
-    const int64_t block = product(full, 1);
-    for (int64_t i = 0; i < slot.count; ++i) slot.copy(slot.channel(i) * block, i * block, block);
+    const int64_t block = per_in * taps;
+    const bool same = taps == 1 || per_in == 1 || f.tap == s.tap;  // both in NCHW or both in channels_last
+    for (int64_t i = 0; i < slot.count; ++i) {
+      const int64_t to = slot.channel(i) * block;
+      if (same) slot.copy(to, i * block, block);
+      for (int64_t c = 0; !same && c < per_in; ++c)
+        copy_column(slot, to + c * f.column, i * block + c * s.column, taps, f, s);
+    }
     return;
   }
-  const Grid f(full), s(part);
-  const int64_t taps = product(full, 2), per_in = full.size(1), per_out = full.size(0) / groups;
   for (int64_t i = 0; i < slot.count; ++i) {
     const int64_t c = slot.channel(i);
     for (int64_t o = 0; o < per_out; ++o) {

@@ -187,6 +187,11 @@ def _inner(x: Tensor) -> int:
     return 1 if is_channels_last(x) else 0
 
 
+def _fit(*vectors: Tensor | None) -> bool:
+    """Whether the native kernels can read these per-channel vectors."""
+    return all(v is None or (v.dtype is torch.float32 and v.is_contiguous()) for v in vectors)
+
+
 def _mask_for(y: Tensor, act: str, keep: bool) -> Tensor:
     size = bits.packed_size(y.numel()) if keep and act != "none" else 0
     return torch.empty(size, dtype=torch.uint8, device=y.device)
@@ -196,7 +201,7 @@ def affine_act_native(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, low: float, high: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
     inner = _inner(x)
-    if not (inner and known(x)):
+    if not (inner and known(x) and _fit(scale, shift)):
         return NotImplemented
     y = torch.empty_like(x)
     mask = _mask_for(y, act, keep)
@@ -209,7 +214,7 @@ def affine_act_inplace_native(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, low: float, high: float, keep: bool
 ) -> Tensor:
     inner = _inner(x)
-    if not (inner and known(x)):
+    if not (inner and known(x) and _fit(scale, shift)):
         return NotImplemented
     mask = _mask_for(x, act, keep)
     kept = mask if keep and act != "none" else None
@@ -228,11 +233,11 @@ def affine_act_dx_native(
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty_strided(dy.shape, tuple(strides), dtype=dy.dtype, device=dy.device)
     inner = _inner(dx)
-    if not (inner and known(dy)):
+    if not (inner and known(dy) and _fit(scale)):
         return NotImplemented
     source = dy if dy.stride() == dx.stride() else dx.copy_(dy)
     channels = dy.shape[1] if dy.dim() > 1 else 1
-    dshift = torch.empty(channels, device=dy.device) if shift_gradient else dy.new_empty(0)
+    dshift = dy.new_empty(channels, dtype=torch.float32) if shift_gradient else dy.new_empty(0)
     native("affine_act_dx")(
         dx, dshift if shift_gradient else None, source, scale, mask, channels, inner, CODES[act], slope
     )
@@ -259,7 +264,9 @@ def _fake_dx(dy, scale, mask, act, slope, strides, shift_gradient):  # type: ign
 
 
 _ARGUMENTS = "Tensor? scale, Tensor? shift, str act, float low, float high, bool keep"
-register(f"affine_act(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)", affine_act_plain, _fake, affine_act_native)
+register(
+    f"affine_act(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)", affine_act_plain, _fake, affine_act_native
+)
 register(
     f"affine_act_(Tensor(a!) x, {_ARGUMENTS}) -> Tensor",
     affine_act_inplace_plain,

@@ -31,7 +31,7 @@ def norm_affine_native(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     for vector in (mean, variance, weight, bias):
-        if vector is not None and vector.dtype is not torch.float32:
+        if vector is not None and not (vector.dtype is torch.float32 and vector.is_contiguous()):
             return NotImplemented
     scale, shift = torch.empty_like(mean), torch.empty_like(mean)
     native("norm_affine")(scale, shift, mean, variance, weight, bias, eps)

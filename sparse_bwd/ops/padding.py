@@ -39,9 +39,7 @@ class Geometry(NamedTuple):
         the more the smaller the image (dw of a tenth of the channels: 1.3 to 4 times).
         """
         plain = self.groups == 1 and self.stride == (1, 1) and not any(self.padding)
-        return (
-            plain and size[-1] == size[-2] == 1 and all(t.is_cpu and is_channels_last(t) for t in tensors)
-        )
+        return plain and size[-1] == size[-2] == 1 and all(t.is_cpu and is_channels_last(t) for t in tensors)
 
     @property
     def pads_outside(self) -> bool:

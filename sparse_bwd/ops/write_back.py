@@ -61,7 +61,7 @@ def write_back_native(
     groups: Sequence[int],
 ) -> None:
     for full, part in zip(weights, slices, strict=True):
-        if not (_dense(full) and _dense(part)):
+        if not (_dense(full) and _dense(part) and full.dtype is part.dtype):
             return NotImplemented
     native("write_back")(weights, slices, indices, dims, groups)
 
