@@ -124,12 +124,14 @@ def conv2d_dw_native(
     depthwise = groups > 1 and x.shape[1] == groups
     if not depthwise or spread is not None or regroup or not known(x):
         return NotImplemented
+    selected = dy.shape[1] if rows is None else rows.numel()
+    if x.is_cuda and selected != groups:  # the CUDA kernel knows one filter per channel only
+        return NotImplemented
     geometry = Geometry(tuple(stride), tuple(padding), padding_mode, tuple(dilation), groups)  # type: ignore[arg-type]
     layout = _memory_format(x)
     x = pad(x, geometry)
     if not (x.is_contiguous(memory_format=layout) and dy.is_contiguous(memory_format=layout)):
         return NotImplemented
-    selected = dy.shape[1] if rows is None else rows.numel()
     dw = torch.empty(
         (selected, x.shape[1] // groups, *size[2:]), dtype=x.dtype, device=x.device, memory_format=layout
     )
