@@ -262,9 +262,7 @@ def mover(device: torch.device) -> Move:
     moved: dict[int, tuple[Tensor, Tensor]] = {}
 
     def move(vector: Tensor | None) -> Tensor | None:
-        if vector is None:
-            return None
-        return moved.setdefault(id(vector), (vector, vector.to(device)))[1]
+        return None if vector is None else moved.setdefault(id(vector), (vector, vector.to(device)))[1]
 
     return move
 
@@ -277,7 +275,8 @@ def _same_slot(a: Slot, b: Slot) -> bool:
 
 def _write(full: Tensor, part: Tensor, slot: Slot) -> None:
     # .data has a version counter of its own: the write stays invisible to graphs that saved `full`.
-    torch.ops.sparse_bwd.write_back.default([full.data], [part.detach()], [slot.index], [slot.dim], [slot.groups])
+    write_back = torch.ops.sparse_bwd.write_back.default
+    write_back([full.data], [part.detach()], [slot.index], [slot.dim], [slot.groups])
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
