@@ -22,7 +22,8 @@ void conv2d_dw_cuda(Tensor dw, Tensor x, Tensor dy, std::optional<Tensor> rows, 
   if (x.numel() == 0 || dy.numel() == 0) return device.fill_zero(dw);
   Conv2dDwParams p{dw.data_ptr(), nullptr, x.data_ptr(), dy.data_ptr(),
                    rows ? static_cast<int64_t*>(rows->data_ptr()) : nullptr, x.size(0), groups, dy.size(1),
-                   window_of(x, dy, {dw.size(2), dw.size(3)}, stride, padding, dilation), channels_last, dtype_of(x)};
+                   window_of(x, dy, {dw.size(2), dw.size(3)}, stride, padding, dilation, channels_last),
+                   channels_last, dtype_of(x)};
   const std::optional<Tensor> partial = workspace(x, conv2d_dw_partials(p), ScalarType::Float);
   p.partial = static_cast<float*>(pointer(partial));
   STD_CUDA_CHECK(conv2d_dw(p, device.stream));

@@ -17,7 +17,7 @@ MaxPool2dParams params_of(const Tensor& image, const Tensor& result, const Tenso
   require(offset.scalar_type() == ScalarType::Byte && offset.numel() == result.numel(),
           "offset must be uint8 with one value per result.");
   const int64_t n = image.size(0), c = image.size(1);
-  const Window window = window_of(image, result, kernel, stride, padding, dilation);
+  const Window window = window_of(image, result, kernel, stride, padding, dilation, channels_last);
   require(kernel[0] * kernel[1] <= 256, "a window may have up to 256 positions, which fit one byte.");
   return {nullptr, static_cast<uint8_t*>(offset.data_ptr()), nullptr, channels_last ? n : n * c,
           channels_last ? static_cast<int32_t>(c) : 1, window, dtype_of(image)};

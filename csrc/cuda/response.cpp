@@ -10,8 +10,7 @@ namespace {
 void response_cuda(Tensor sums, Tensor previous, Tensor now, bool channels_last) {
   require_on(now, {now, sums, previous});
   require(now.dim() >= 2 && same_strides(now, previous), "new and previous must have one size [N, C, *] and order.");
-  require(channels_last ? laid_out(now, true) : now.is_contiguous() && previous.is_contiguous(),
-          "new and previous must be contiguous or, as [N, C, H, W], both in channels_last.");
+  require(laid_out(now, channels_last), "new and previous must be dense, in the order that channels_last names.");
   const int64_t n = now.size(0), c = now.size(1);
   require(sums.numel() == 3 * n * c && sums.scalar_type() == ScalarType::Double && sums.is_contiguous(),
           "sums must be contiguous float64 [3, N, C].");

@@ -7,7 +7,8 @@ Every tensor that a kernel gets lies between fences, whose bits may not change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +28,19 @@ from sparse_bwd.ops.reference import (
 from ..tolerance import assert_same_bits
 
 FENCE = 64  # elements before and behind a tensor; a multiple of 16 bytes for every dtype
+LAYOUTS = ("contiguous", "channels_last")
 ACTS = {"none": 0, "relu": 1, "hardtanh": 2, "leaky_relu": 3}
+
+
+@contextmanager
+def poisoned_workspaces() -> Iterator[None]:
+    """Inside, memory that a binding asks for is full of NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class Fenced:
@@ -65,8 +78,8 @@ def eighths(*shape: int, most: int = 16, dtype: torch.dtype = torch.float32) -> 
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The values in NCHW or channels_last."""
-    return values.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else values
+    """The values [N, C, ...] with the channels second or, in channels_last, last in memory."""
+    return values.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else values
 
 
 def _with_specials(values: Tensor) -> Tensor:
@@ -144,7 +157,9 @@ def check_conv2d_dw(
     dy = eighths(shape[0], channels, *sizes, most=4)
     index = torch.randperm(channels)[:selected].sort().values if selected else None
     kept = x if index is None else x[:, index]
-    dw = conv2d_bwd_ref(x.double(), weight.double(), dy.double(), geometry._replace(groups=channels))[1]
+    dw = weight.double()
+    if x.numel():
+        dw = conv2d_bwd_ref(x.double(), dw, dy.double(), geometry._replace(groups=channels))[1]
     expected = (dw if index is None else dw[index]).to(dtype)
     fenced = Fenced(device, shift)
     out = fenced.empty(laid_out(expected, layout))
@@ -185,8 +200,8 @@ def check_response(
     shape: Sequence[int],
     dtype: torch.dtype,
     stored: torch.dtype,
+    shift: int,
     layout: str,
-    shift: int = 0,
 ) -> None:
     """The three sums, exact in float64, and the new response stored in the dtype of the previous one."""
     new, previous = (laid_out(eighths(*shape).to(t), layout) for t in (dtype, stored))

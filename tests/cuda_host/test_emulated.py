@@ -1,118 +1,46 @@
-"""The CUDA kernels give the oracle's values when run on the CPU, whatever the shape, layout, dtype and alignment."""
+"""The CUDA kernels, run on the CPU, do not depend on the order in which the threads of a block run.
+
+tests/gpu/test_native_cuda.py runs the same checks in the usual order, and on a GPU where there is one.
+"""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from sparse_bwd.ops.padding import Geometry
+from . import checks, shapes
+from .emulated import COMPILER, Emulated, emulated
 
-from . import checks
-from .emulated import Emulated, build
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
-F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("cuda_host"))
+@pytest.fixture
+def ops() -> Iterator[Emulated]:
+    library = emulated()
+    with library.switched("reversed"), checks.poisoned_workspaces():
+        yield library
 
 
-@pytest.fixture(params=["ascending", "descending"])
-def ops(request: pytest.FixtureRequest, library: Path) -> Iterator[Emulated]:
-    emulated = Emulated(library)
-    emulated.reversed(request.param == "descending")
-    yield emulated
-    emulated.reversed(False)
-
-
-AFFINE = [
-    ((1, 1, 1, 1), F32, "contiguous", "relu", {}),
-    ((2, 3, 5, 7), F32, "contiguous", "hardtanh", {}),  # planes of 35, a tail of 2
-    ((2, 3, 5, 7), F16, "contiguous", "leaky_relu", {"inplace": True}),
-    ((2, 3, 5, 7), BF16, "channels_last", "hardtanh", {}),
-    ((2, 16, 3, 3), F32, "channels_last", "relu", {}),  # packets never wrap
-    ((2, 16, 3, 3), F16, "channels_last", "leaky_relu", {"shift": 1}),  # nothing is aligned
-    ((2, 16, 4, 6), BF16, "contiguous", "none", {"shift": 3}),
-    ((1, 2, 33, 70), F32, "contiguous", "relu", {}),  # planes of several chunks
-    ((300, 2, 3, 3), F16, "contiguous", "hardtanh", {}),  # many samples, several splits
-    ((9, 24, 11, 11), F32, "channels_last", "leaky_relu", {}),  # several splits
-    ((2, 270, 1, 2), F32, "channels_last", "relu", {}),  # several tiles of channels, the last one short
-    ((5, 3), F32, "contiguous", "relu", {}),
-    ((4, 6, 5), BF16, "contiguous", "relu", {}),
-    ((3, 5, 4, 4), F32, "contiguous", "relu", {"affine": False}),
-    ((3, 5, 4, 4), F16, "channels_last", "leaky_relu", {"affine": False, "inplace": True}),
-]
-
-
-@pytest.mark.parametrize(("shape", "dtype", "layout", "act", "options"), AFFINE)
-def test_affine_act_is_exact(ops, shape, dtype, layout, act, options):  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(("shape", "dtype", "layout", "act", "options"), shapes.AFFINE)
+def test_affine_act_in_descending_order(ops: Emulated, shape, dtype, layout, act, options) -> None:  # type: ignore[no-untyped-def]
     checks.check_affine_act(ops, "cpu", shape, dtype, layout, act, **options)
 
 
-def geometry(stride: int = 1, padding: tuple[int, int] = (1, 1), dilation: int = 1) -> Geometry:
-    top, left = padding
-    return Geometry((stride, stride), (left, left, top, top), "zeros", (dilation, dilation), 1)
+@pytest.mark.parametrize("layout", checks.LAYOUTS)
+@pytest.mark.parametrize("case", shapes.DEPTHWISE, ids=str)
+def test_depthwise_dw_in_descending_order(ops: Emulated, case: tuple[Any, ...], layout: str) -> None:
+    checks.check_conv2d_dw(ops, "cpu", *case, layout)
 
 
-DEPTHWISE = [
-    ((1, 1, 1, 1), 0, (1, 1), geometry(padding=(0, 0)), F32),
-    ((2, 6, 9, 7), 2, (3, 3), geometry(), F32),
-    ((2, 6, 9, 7), 0, (3, 3), geometry(stride=2), F16),
-    ((2, 40, 8, 8), 33, (5, 5), geometry(stride=2, padding=(2, 2)), BF16),  # two blocks of lanes
-    ((2, 5, 10, 9), 3, (7, 7), geometry(padding=(3, 3)), F32),  # several passes over the taps
-    ((2, 4, 9, 9), 2, (2, 3), geometry(padding=(0, 2), dilation=2), F16),
-    ((9, 3, 24, 24), 2, (3, 3), geometry(), F32),  # several splits
-    ((1, 2, 3, 3), 1, (3, 3), geometry(padding=(4, 4)), F32),  # windows that lie outside of the image
-]
+@pytest.mark.parametrize("layout", checks.LAYOUTS)
+@pytest.mark.parametrize("case", shapes.POOLS, ids=str)
+def test_max_pool2d_in_descending_order(ops: Emulated, case: tuple[Any, ...], layout: str) -> None:
+    checks.check_max_pool2d(ops, "cpu", *case, layout)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("shape", "selected", "kernel", "geometry", "dtype"), DEPTHWISE)
-def test_depthwise_dw_is_exact(ops, shape, selected, kernel, geometry, dtype, layout):  # type: ignore[no-untyped-def]
-    checks.check_conv2d_dw(ops, "cpu", shape, selected, kernel, geometry, dtype, layout)
-
-
-POOLS = [
-    ((1, 1, 1, 1), [1, 1], [1, 1], [0, 0], [1, 1], False, F32),
-    ((2, 8, 9, 7), [3, 3], [2, 2], [1, 1], [1, 1], False, F32),
-    ((2, 16, 9, 7), [2, 2], [2, 2], [0, 0], [1, 1], True, F16),
-    ((2, 3, 8, 11), [3, 2], [1, 3], [1, 0], [1, 1], False, BF16),
-    ((1, 8, 12, 12), [3, 3], [2, 1], [1, 1], [2, 3], True, BF16),
-    ((3, 5, 40, 5), [15, 2], [5, 5], [7, 1], [1, 1], True, F32),  # a stride that skips columns
-]
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("shape", "kernel", "stride", "padding", "dilation", "ceil", "dtype"), POOLS)
-def test_max_pool2d_is_exact(ops, shape, kernel, stride, padding, dilation, ceil, dtype, layout):  # type: ignore[no-untyped-def]
-    checks.check_max_pool2d(ops, "cpu", shape, kernel, stride, padding, dilation, ceil, dtype, layout)
-
-
-def test_max_pool2d_takes_channels_that_are_not_aligned(ops):  # type: ignore[no-untyped-def]
-    window = [3, 3], [2, 2], [1, 1], [1, 1]
-    checks.check_max_pool2d(ops, "cpu", (2, 8, 9, 7), *window, False, F32, "channels_last", shift=1)
-
-
-RESPONSES = [
-    ((1, 1, 1, 1), F32, F32, 0),
-    ((3, 5, 3, 3), F32, F16, 0),
-    ((3, 8, 7, 7), F16, F16, 0),
-    ((2, 16, 5, 5), BF16, F32, 1),
-    ((2, 3, 25, 25), F32, BF16, 0),
-    ((1, 2, 130, 130), F32, F32, 0),  # planes of several chunks
-    ((1, 24, 40, 40), F16, F64, 0),  # several splits of channels_last
-    ((2, 3, 4, 4), F32, F64, 1),
-]
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("shape", "dtype", "stored", "shift"), RESPONSES)
-def test_response_is_exact(ops, shape, dtype, stored, shift, layout):  # type: ignore[no-untyped-def]
-    checks.check_response(ops, "cpu", shape, dtype, stored, layout, shift)
+@pytest.mark.parametrize("layout", checks.LAYOUTS)
+@pytest.mark.parametrize("case", shapes.RESPONSES, ids=str)
+def test_response_in_descending_order(ops: Emulated, case: tuple[Any, ...], layout: str) -> None:
+    checks.check_response(ops, "cpu", *case, layout)

@@ -177,6 +177,7 @@ struct Divider {
 
 template <typename... P, typename... A>
 cudaError_t launch(void (*kernel)(P...), int64_t blocks, cudaStream_t stream, const A&... arguments) {
+  if (blocks >= int64_t{1} << 31) return cudaErrorInvalidConfiguration;
 #ifdef __CUDACC__
   kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream>>>(arguments...);
   return cudaGetLastError();

@@ -20,7 +20,12 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
 using cudaStream_t = void*;
 
 struct dim3 {
@@ -57,6 +62,7 @@ struct Fiber {
 };
 
 inline bool reversed = false;
+inline bool ends_only = false;  // run the first and the last block of a launch: enough to see where a large tensor ends
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
 inline Barrier all;
@@ -117,6 +123,7 @@ cudaError_t launch(int64_t blocks, int threads, const F& kernel) {
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = threads;
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+    if (ends_only && blockIdx.x != 0 && blockIdx.x != gridDim.x - 1) continue;
     if (!run_block(threads)) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
