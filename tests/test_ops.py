@@ -3,6 +3,7 @@
 The values are small integers, so that every sum is exact and "equal" means the same bits in any order of summation.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparse_bwd as sb
-from sparse_bwd.ops import bits, reference
+from sparse_bwd.ops import backend, bits, reference
 from sparse_bwd.ops.conv2d_dw import kept_input, make_plan
 from sparse_bwd.ops.write_back import read_slices
 from tests.cases import AXES, CONV_CASES, LAYOUTS, SELECTIONS, Case, is_depthwise
@@ -26,6 +27,7 @@ OPERATORS = (
     "affine_act_dx",
     "max_pool2d",
     "max_pool2d_dx",
+    "norm_affine",
     "response",
     "write_back",
 )
@@ -35,6 +37,15 @@ BATCHED = [case for case in CONV_CASES if len(case.shape) == 4 and case.dtype is
 def integers(*shape: int, largest: int = 2) -> Tensor:
     """A float32 tensor of small integers."""
     return torch.randint(-largest, largest + 1, shape).float()
+
+
+@pytest.fixture(params=["plain", "native"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Plain PyTorch alone, and native kernels wherever they serve a call."""
+    if request.param == "native" and backend.missing("cpu"):
+        pytest.skip(backend.missing("cpu"))
+    with backend.forced("plain" if request.param == "plain" else None):
+        yield
 
 
 def check(operator: Any, *arguments: Any) -> None:
@@ -205,6 +216,20 @@ def test_response(shape: tuple[int, ...], stored: torch.dtype) -> None:
             assert_same_bits(actual, oracle, name)
         assert_same_bits(held, new.to(stored), "stored response")
     check(OPS.response.default, new, previous)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_norm_affine(affine: bool) -> None:
+    """Powers of two and four, so that roots and products are exact."""
+    mean, variance = integers(5), torch.tensor([0.25, 1.0, 4.0, 16.0, 0.0625])
+    weight, bias = (integers(5), integers(5)) if affine else (None, None)
+    scale, shift = OPS.norm_affine(mean, variance, weight, bias, 0.0)
+    ends = [F.batch_norm(torch.full((1, 5), x), mean, variance, weight, bias, eps=0.0)[0] for x in (0.0, 1.0)]
+    assert_same_bits(shift, ends[0])
+    assert_same_bits(scale, ends[1] - ends[0])
+    half = OPS.norm_affine(mean.bfloat16(), variance.bfloat16(), None, None, 0.0)
+    assert all(vector.dtype is torch.float32 for vector in half)
+    check(OPS.norm_affine.default, mean, variance, weight, bias, 0.0)
 
 
 SLOTS = [(0, 1, 6), (1, 1, 4), (1, 2, 8)]
