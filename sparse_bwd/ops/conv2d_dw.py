@@ -125,7 +125,8 @@ def conv2d_dw_native(
     if not depthwise or spread is not None or regroup or not known(x):
         return NotImplemented
     selected = dy.shape[1] if rows is None else rows.numel()
-    if x.is_cuda and selected != groups:  # the CUDA kernel knows one filter per channel only
+    # The CUDA kernel knows one filter per channel only.
+    if x.is_cuda and selected != groups:  # pragma: no cover -- needs CUDA
         return NotImplemented
     geometry = Geometry(tuple(stride), tuple(padding), padding_mode, tuple(dilation), groups)  # type: ignore[arg-type]
     layout = _memory_format(x)
