@@ -25,6 +25,9 @@ NAMESPACE = "sparse_bwd"
 NATIVE = "sparse_bwd_native"
 VARIABLE = "SPARSE_BWD_NATIVE"
 DEVICES = ("cpu", "cuda")
+# What a native library must hold; one that was built from other sources may lack some of it.
+KERNELS = ("affine_act", "affine_act_dx", "conv2d_dw", "max_pool2d", "max_pool2d_dx", "response")
+CPU_KERNELS = ("norm_affine", "write_back")
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _served: dict[str, tuple[str, ...]] = {}
@@ -53,11 +56,15 @@ def _load(device: str) -> str:
         return "this machine has no CUDA device"
     try:
         torch.ops.load_library(path)
+        for name in KERNELS if device == "cuda" else KERNELS + CPU_KERNELS:
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NATIVE}::{name}", device.upper()):
+                raise ImportError(f"it has no {name}")
     except Exception as error:  # whatever the loader says, PyTorch serves instead
-        sentence = f"the native library for {device} cannot be loaded ({str(error).strip().splitlines()[0]})"
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        sentence = f"the native library for {device} cannot be loaded ({cause})"
         warnings.warn(
             f"sparse_bwd: {sentence}; plain PyTorch serves instead. "
-            f"Build it again for this torch, or set {VARIABLE}=0.",
+            f"Build it again, from these sources and for this torch, or set {VARIABLE}=0.",
             RuntimeWarning,
             stacklevel=2,
         )
