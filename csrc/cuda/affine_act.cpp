@@ -9,10 +9,14 @@ namespace {
 
 using Maybe = std::optional<Tensor>;
 
+bool one_per_channel(const Tensor& vector, int64_t channels) {
+  return vector.numel() == channels && vector.scalar_type() == ScalarType::Float && vector.is_contiguous();
+}
+
 void check_channels(const Maybe& vector, int64_t channels, int64_t inner, int64_t numel) {
   require(channels > 0 && inner > 0 && channels < kLimit && inner < kLimit && numel % (channels * inner) == 0,
           "the tensor must consist of whole planes of all channels, fewer than 2**31 of each.");
-  require(!vector || (vector->numel() == channels && vector->scalar_type() == ScalarType::Float && vector->is_contiguous()),
+  require(!vector || one_per_channel(*vector, channels),
           "scale and shift must be contiguous float32 with one value per channel.");
 }
 
@@ -48,7 +52,7 @@ void affine_act_dx_cuda(Tensor dx, Maybe dshift, Tensor dy, Maybe scale, Maybe m
   require_on(dy, {dy, dx, dshift, scale, mask});
   require(same_strides(dx, dy) && dtype_of(dx) == dtype_of(dy), "dx and dy must have one size, order and type.");
   check_mask(mask, numel);
-  require(!dshift || (dshift->numel() == channels && dshift->scalar_type() == ScalarType::Float && dshift->is_contiguous()),
+  require(!dshift || one_per_channel(*dshift, channels),
           "dshift must be contiguous float32 with one value per channel.");
   const OnDeviceOf device(dy);
   if (numel == 0) {

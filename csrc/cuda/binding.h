@@ -1,8 +1,7 @@
-// What the bindings of the CUDA operators share: tensors of the stable ABI to plain pointers, checks, workspace.
+// What the bindings of the CUDA operators share: tensors of the stable ABI to plain pointers, and checks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
@@ -12,7 +11,7 @@
 #include <vector>
 
 #include "cuda/kernels/types.h"
-#include "cuda/stream.h"
+#include "cuda/runtime.h"
 
 namespace sparse_bwd::cuda {
 
@@ -107,12 +106,6 @@ inline Window window_of(const Tensor& image, const Tensor& result, const Ints& k
   w.oh = static_cast<int32_t>(result.size(2));
   w.ow = static_cast<int32_t>(result.size(3));
   return w;
-}
-
-// Room for the partial sums of stage one; an empty optional where there are none.
-inline std::optional<Tensor> workspace(const Tensor& like, int64_t count, ScalarType type) {
-  if (count == 0) return std::nullopt;
-  return torch::stable::new_empty(like, {count}, type);
 }
 
 }  // namespace sparse_bwd::cuda

@@ -15,7 +15,8 @@ void conv2d_dw_cuda(Tensor dw, Tensor x, Tensor dy, std::optional<Tensor> rows, 
           "on CUDA the weight gradient is that of a depthwise convolution: dw [J, 1, kh, kw], x [N, J, H, W].");
   require(x.size(0) == dy.size(0) && groups == (rows ? rows->numel() : dy.size(1)),
           "dy must have the batch of x and one channel, or one entry of rows, for each row of dw.");
-  require(!rows || (rows->scalar_type() == ScalarType::Long && rows->is_contiguous()), "rows must be contiguous int64.");
+  require(!rows || (rows->scalar_type() == ScalarType::Long && rows->is_contiguous()),
+          "rows must be contiguous int64.");
   require(dtype_of(x) == dtype_of(dy) && dtype_of(x) == dtype_of(dw), "x, dy and dw must have one type.");
   if (dw.numel() == 0) return;
   const OnDeviceOf device(x);

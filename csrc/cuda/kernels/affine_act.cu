@@ -240,8 +240,10 @@ Flat flat_of(const P& p, const void* in, const void* out, bool vectors_aligned) 
   const int64_t blocks = std::min(ceil_div(p.numel, step), kMaxBlocks);
   const bool whole = p.inner == 1 && p.channels % vector_of(p.dtype) == 0 && vectors_aligned;
   // Without per-channel vectors the place is never looked at, and inner may be anything.
-  const uint32_t size[2] = {p.scale ? static_cast<uint32_t>(p.channels) : 1, p.scale ? static_cast<uint32_t>(p.inner) : 1};
-  return {blocks, blocks * step, {size[0], size[1]}, Place<2>(blocks * step, size), aligned(in) && aligned(out), whole};
+  const uint32_t size[2] = {static_cast<uint32_t>(p.scale ? p.channels : 1),
+                            static_cast<uint32_t>(p.scale ? p.inner : 1)};
+  const Place<2> stride(blocks * step, size);
+  return {blocks, blocks * step, {size[0], size[1]}, stride, aligned(in) && aligned(out), whole};
 }
 
 int64_t splits_of(const AffineActDxParams& p) {

@@ -1,4 +1,5 @@
-// affine_act: y = act(scale[c] x + shift[c]), one flag per element;  dx = scale[c] act' dy,  dshift[c] = sum of act' dy.
+// affine_act: y = act(scale[c] x + shift[c]), one flag per element.
+// affine_act_dx: dx = scale[c] act' dy,  dshift[c] = sum of act' dy.
 //
 // Elements in storage order, c(i) = (i / inner) % channels. A flag is judged on the pre-activation value rounded to the
 // element type; a NaN compares false everywhere and so passes its gradient.

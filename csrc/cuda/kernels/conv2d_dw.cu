@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kThreads) conv2d_dw_kernel(Conv2dDwParams p, f
     const int64_t end = (split + 1) * work.chunk < work.pixels ? (split + 1) * work.chunk : work.pixels;
     Place<2> place(m, work.size);
     for (; m < end; m += workers, place.advance(work.step, work.size)) {
-      const float g = to_float(dy[place.outer * work.y_n + (int64_t{place.digit[0]} * w.ow + place.digit[1]) * work.y_pixel]);
+      const int64_t pixel = int64_t{place.digit[0]} * w.ow + place.digit[1];
+      const float g = to_float(dy[place.outer * work.y_n + pixel * work.y_pixel]);
       const int row = static_cast<int>(place.digit[0]) * w.stride[0] - w.padding[0];
       const int column = static_cast<int>(place.digit[1]) * w.stride[1] - w.padding[1];
       add_taps<T, K>(sum, g, x + place.outer * work.x_n, row, column, w, work, first);

@@ -1,11 +1,14 @@
-// Device and stream on which a binding works. tests/cuda_host has a stand-in for the CPU.
+// Device, stream and memory of a binding. tests/cuda_host has a stand-in for the CPU.
 #pragma once
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <optional>
 
 namespace sparse_bwd::cuda {
 
@@ -29,5 +32,12 @@ class OnDeviceOf {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
 };
+
+// Room for the partial sums of stage one; an empty optional where there are none.
+inline std::optional<torch::stable::Tensor> workspace(
+    const torch::stable::Tensor& like, int64_t count, torch::headeronly::ScalarType type) {
+  if (count == 0) return std::nullopt;
+  return torch::stable::new_empty(like, {count}, type);
+}
 
 }  // namespace sparse_bwd::cuda

@@ -1,9 +1,11 @@
-// Stands in for csrc/cuda/stream.h: every device is the CPU, and work is done when a launch returns.
+// Stands in for csrc/cuda/runtime.h: every device is the CPU, and work is done when a launch returns.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 
 #include "cuda_runtime.h"
@@ -23,5 +25,13 @@ struct OnDeviceOf {
 
   cudaStream_t stream = nullptr;
 };
+
+// Zeros where most blocks do not run, so that the sums are those of the blocks that do.
+inline std::optional<torch::stable::Tensor> workspace(
+    const torch::stable::Tensor& like, int64_t count, torch::headeronly::ScalarType type) {
+  if (count == 0) return std::nullopt;
+  return cuda_host::ends_only ? torch::stable::new_zeros(like, {count}, type)
+                              : torch::stable::new_empty(like, {count}, type);
+}
 
 }  // namespace sparse_bwd::cuda
