@@ -23,7 +23,7 @@ help:
 # The package is built against the torch of the environment, which therefore comes first.
 $(READY): pyproject.toml setup.py build_native.py requirements/test.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -c requirements/test.txt torch
+	$(PIP) -c requirements/test.txt torch ninja
 	$(PIP) -c requirements/test.txt -e ".[all]"
 	touch $@
 

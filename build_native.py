@@ -62,7 +62,7 @@ def plan(root: Path, request: str, in_place: bool) -> dict[str, Any]:
         return {}
     return {
         "ext_modules": extensions,
-        "cmdclass": {"build_ext": build_command(request, missing)},
+        "cmdclass": {"build_ext": build_command(request, missing, root if in_place else None)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
@@ -70,7 +70,7 @@ def plan(root: Path, request: str, in_place: bool) -> dict[str, Any]:
 def say(built: list[str], missing: dict[str, str]) -> None:
     """The one sentence of the build: what is in the package, what is not, and why."""
     have = f"the native {' and '.join(name.upper() for name in built)} code" if built else "pure Python"
-    lack = "".join(f"; no native {name.upper()} code: {reason}" for name, reason in missing.items())
+    lack = "".join(f"; no native {name.upper()} code: {missing[name]}" for name in sorted(missing))
     print(f"sparse_bwd: {have}{lack}.", flush=True)
 
 
@@ -194,8 +194,11 @@ def find_cuda(needed: str) -> Path:
     return Path(here[1].strip()).parent if here else nvcc.parent.parent
 
 
-def build_command(request: str, missing: dict[str, str]) -> Callable[..., Any]:
-    """The build_ext command: BuildExtension, one library at a time, in a folder that outlives the build."""
+def build_command(request: str, missing: dict[str, str], in_place: Path | None) -> Callable[..., Any]:
+    """The build_ext command: BuildExtension, one library at a time, in a folder that outlives the build.
+
+    `in_place` is the folder of the sources, where the libraries end up beside them (setuptools does not say so here).
+    """
     os.environ.setdefault("MAX_JOBS", str(min(2, os.cpu_count() or 1)))
     from torch.utils.cpp_extension import BuildExtension
 
@@ -208,7 +211,9 @@ def build_command(request: str, missing: dict[str, str]) -> Callable[..., Any]:
                 try:
                     self.build_one(extension)
                 except Exception as error:
-                    missing[extension.kind] = f"compiling it failed, as told above ({str(error).splitlines()[0]})"
+                    missing[extension.kind] = (
+                        f"compiling it failed, as told above ({str(error).splitlines()[0]})"
+                    )
                     break
                 built.append(extension)
             self.finish(wanted, built)
@@ -223,8 +228,8 @@ def build_command(request: str, missing: dict[str, str]) -> Callable[..., Any]:
             self.extensions = self.distribution.ext_modules = built
             for extension in wanted[len(built) :]:
                 missing.setdefault(extension.kind, "it needs the native CPU library")
-                if self.inplace or self.editable_mode:
-                    remove_stale(Path(PACKAGE) / Path(self.get_ext_filename(extension.name)).name)
+                if in_place:
+                    remove_stale(in_place / PACKAGE / f"_native_{extension.kind}.abi3.so")
             if len(built) < len(wanted) and request != "auto":
                 name = wanted[len(built)].kind
                 raise SystemExit(f"SPARSE_BWD_NATIVE={request}: native {name.upper()} code: {missing[name]}.")
