@@ -74,7 +74,7 @@ class Emulated:
     @contextmanager
     def switched(self, switch: str) -> Iterator[None]:
         """Inside, "reversed" runs the threads of a block from the last to the first; "ends_only" runs the first and the
-        last block of every launch."""
+        last block of a launch of many."""
         function = getattr(self._switches, f"emulate_{switch}")
         function(1)
         try:
@@ -92,5 +92,7 @@ def emulated(*extra: str) -> Emulated:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others wait for it
         if not library.exists():
+            for old in folder.glob("*.so"):
+                old.unlink()
             compile_library(library, *extra)
     return Emulated(library)

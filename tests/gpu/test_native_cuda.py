@@ -1,13 +1,14 @@
 """The native CUDA operators on a GPU: exact in every dtype and layout, on any stream and device, the same every time.
 
-Every test also runs on the CPU, with the emulated kernels of tests/cuda_host or the native CPU library in the place of
-the GPU: so what a GPU will be asked, and what is expected of it, is tried everywhere.
+Every test also runs on the CPU, with the bindings and kernels of CUDA that tests/cuda_host emulates: so what a GPU will
+be asked, and what is expected of it, is tried everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -36,15 +37,33 @@ SERVED = (
 )
 # The second has as many pixels as sums of bfloat16 stay exact for.
 SHAPES = [(1, 2, 2, 2), (4, 33, 8, 8), (2, 16, 5, 7)]
-LARGE = (16, 24, 40, 40)  # all reductions take two stages
+LARGE = {"cuda": (16, 24, 40, 40), "cpu": (3, 9, 12, 11)}  # on a GPU all reductions take two stages
+MODULES = ("affine_act", "conv2d_dw", "max_pool2d", "response")
+
+
+def emulated_native(name: str) -> Any:
+    """The emulated operator, and the CPU's for the grouped convolutions that CUDA leaves to PyTorch."""
+    operator = getattr(emulated(), name).default
+
+    def dw(result: Tensor, x: Tensor, *arguments: Any) -> None:
+        serves = operator if len(result) == x.shape[1] else backend.native(name)
+        serves(result, x, *arguments)
+
+    return dw if name == "conv2d_dw" else operator
 
 
 @pytest.fixture(params=["cpu", GPU])
-def device(request: pytest.FixtureRequest) -> str:
-    """Where the operators of `torch.ops.sparse_bwd` run, served by the native library."""
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the operators of `torch.ops.sparse_bwd` run, served by the native library or what stands in for it."""
     name: str = request.param
     if backend.missing(name):
         pytest.skip(f"{name}: {backend.missing(name)}")
+    if name == "cpu":
+        if COMPILER is None:
+            pytest.skip("needs g++")
+        monkeypatch.setitem(backend.TYPES, "cpu", DTYPES)
+        for module in MODULES:
+            monkeypatch.setattr(import_module(f"sparse_bwd.ops.{module}"), "native", emulated_native)
     return name
 
 
@@ -109,10 +128,8 @@ def _moved(value: Any, to: Any) -> Any:
     return value.to(to)
 
 
-def served(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str) -> Iterator[Call]:
-    """Calls on the CPU that the native library of `device` serves."""
-    if dtype not in backend.TYPES[device]:
-        pytest.skip(f"the native kernels of {device} do not know {dtype}")
+def served(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Iterator[Call]:
+    """Calls, with tensors on the CPU, that the native CUDA library serves."""
     yield from (call for call in calls(shape, dtype, layout) if call[0] in SERVED)
 
 
@@ -120,7 +137,7 @@ def served(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_operators_agree_with_plain_pytorch(device: str, dtype: torch.dtype, layout: str) -> None:
     for shape in SHAPES:
-        for call in served(shape, dtype, layout, device):
+        for call in served(shape, dtype, layout):
             with backend.forced("plain"):
                 expected = outcome(moved(call, torch.float32))
             with backend.forced("native"):
@@ -143,7 +160,7 @@ def noisy(call: Call) -> Call:
 @pytest.mark.parametrize("layout", checks.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_run_gives_the_same_bits(device: str, dtype: torch.dtype, layout: str) -> None:
-    for call in served(LARGE, dtype, layout, device):
+    for call in served(LARGE[device], dtype, layout):
         again = moved(noisy(call), device)
         with backend.forced("native"):
             first = outcome(again)
@@ -169,7 +186,7 @@ def busy_stream(device: str) -> Iterator[None]:
 @pytest.mark.parametrize("layout", checks.LAYOUTS)
 def test_work_waits_for_its_stream(device: str, layout: str) -> None:
     """Inputs that arrive late on another stream are not read before."""
-    for call in served(LARGE, torch.float32, layout, device):
+    for call in served(LARGE[device], torch.float32, layout):
         name, right = moved(noisy(call), device)
         with backend.forced("native"):
             expected = outcome((name, right))
@@ -190,7 +207,7 @@ def test_the_tensors_choose_the_device(device: str) -> None:
         if torch.cuda.device_count() < 2:
             pytest.skip("needs a second CUDA device")
         last = f"cuda:{torch.cuda.device_count() - 1}"
-    for call in served(LARGE, torch.float32, "contiguous", device):
+    for call in served(LARGE[device], torch.float32, "contiguous"):
         name, arguments = noisy(call)
         with backend.forced("native"):
             expected = outcome(moved((name, arguments), device))

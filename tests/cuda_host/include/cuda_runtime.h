@@ -62,7 +62,9 @@ struct Fiber {
 };
 
 inline bool reversed = false;
-inline bool ends_only = false;  // run the first and the last block of a launch: enough to see where a large tensor ends
+// Run only the first and the last block of a launch of many: enough to see where a large tensor begins and ends.
+inline bool ends_only = false;
+constexpr unsigned kMany = 64;
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
 inline Barrier all;
@@ -123,7 +125,7 @@ cudaError_t launch(int64_t blocks, int threads, const F& kernel) {
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = threads;
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-    if (ends_only && blockIdx.x != 0 && blockIdx.x != gridDim.x - 1) continue;
+    if (ends_only && gridDim.x > kMany && blockIdx.x != 0 && blockIdx.x != gridDim.x - 1) continue;
     if (!run_block(threads)) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
