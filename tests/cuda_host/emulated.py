@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ COMPILER = shutil.which("g++")
 
 def _key(*extra: str) -> str:
     """What the library is made of."""
-    files = sorted(path for folder in (CSRC, HERE) for path in folder.rglob("*.*") if path.suffix != ".pyc")
+    folders = (CSRC / "cuda", HERE / "include")
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    files += [CSRC / "schemas.cpp", HERE / "bindings.cpp"]
     digest = hashlib.sha256(" ".join([torch.__version__, *FLAGS, *extra]).encode())
     for path in files:
         digest.update(path.read_bytes())
@@ -44,21 +47,18 @@ def compile_library(target: Path, *extra: str) -> None:
     command += ["-isystem", str(framework / "include"), "-x", "c++", "-c"]
     jobs = {path: ["-std=c++17"] for path in sorted(CSRC.glob("cuda/kernels/*.cu"))}
     jobs[HERE / "bindings.cpp"] = ["-std=c++20", *STABLE]
-    objects = [target.with_suffix(f".{path.stem}.o") for path in jobs]
-    running = [
-        subprocess.Popen([*command, *options, str(path), "-o", str(made)])
-        for (path, options), made in zip(jobs.items(), objects, strict=True)
-    ]
-    codes = [process.wait() for process in running]  # of all of them, so that none outlives a failure
-    assert not any(codes), "a CUDA source does not compile as C++"
     libraries = [f"-L{framework / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
-    partial = target.with_suffix(".partial")
-    subprocess.run(
-        [COMPILER, *extra, "-shared", *map(str, objects), *libraries, "-o", str(partial)], check=True
-    )
-    for made in objects:
-        made.unlink()
-    partial.rename(target)
+    with TemporaryDirectory(dir=target.parent) as folder:
+        objects = [f"{folder}/{path.stem}.o" for path in jobs]
+        running = [
+            subprocess.Popen([*command, *options, str(path), "-o", made])
+            for (path, options), made in zip(jobs.items(), objects, strict=True)
+        ]
+        codes = [process.wait() for process in running]  # of all of them, so that none outlives a failure
+        assert not any(codes), "a CUDA source does not compile as C++"
+        linked = Path(folder) / target.name
+        subprocess.run([COMPILER, *extra, "-shared", *objects, *libraries, "-o", str(linked)], check=True)
+        linked.rename(target)
 
 
 class Emulated:
