@@ -42,6 +42,7 @@ test-long: $(READY)
 	$(BIN)/python -m pytest -q -m long --timeout=0
 
 sanitize:
+	@command -v $(firstword $(CXX)) || { echo "make sanitize needs a C++ compiler: apt-get install g++"; exit 1; }
 	mkdir -p build
 	$(CXX) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all $(HOST_FLAGS) $(HOST) -o build/sanitize
 	build/sanitize

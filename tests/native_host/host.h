@@ -155,5 +155,6 @@ void check_affine_act(const Kernels& kernels, Checker& check);
 void check_conv2d_dw(const Kernels& kernels, Checker& check);
 void check_max_pool2d(const Kernels& kernels, Checker& check);
 void check_response(const Kernels& kernels, Checker& check);
+void check_large(const Kernels& kernels, Checker& check);
 
 }  // namespace host

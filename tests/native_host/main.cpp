@@ -14,6 +14,7 @@ int main() {
     host::check_conv2d_dw(kernels, check);
     host::check_max_pool2d(kernels, check);
     host::check_response(kernels, check);
+    host::check_large(kernels, check);
     std::printf("%s: %lld of %lld values differ\n", kernels.name, (long long)check.failed(),
                 (long long)check.compared());
     failed += check.failed();
