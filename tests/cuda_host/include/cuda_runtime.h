@@ -1,12 +1,13 @@
 // Just enough of CUDA for a C++ compiler to build csrc/cuda/kernels/*.cu and run it on the CPU.
 //
-// The blocks of a launch run one after another. The threads of a block are fibers that hand over at barriers, in
-// ascending or descending order (`reversed`): a result that depends on the order misses a barrier. A barrier that not
-// every thread reaches is an error.
+// The blocks of a launch run one after another. The threads of a block are fibers that hand over at barriers. A warp runs
+// as far ahead of the others as it can, in ascending or descending order (`reversed`): a result that depends on the order
+// misses a barrier. A barrier that not every thread reaches is an error.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -103,20 +104,32 @@ inline void prepare(int threads) {
   }
 }
 
-inline bool run_block(int threads) {
-  prepare(threads);
-  progress = true;
-  for (bool left = true; left && progress;) {
-    left = progress = false;
-    for (int n = 0; n < threads; ++n) {
-      const int t = reversed ? threads - 1 - n : n;
+// Run every thread of a warp until it waits or ends, and again until none can go on.
+inline bool run_warp(int first, int last) {
+  bool moved = false;
+  for (progress = true; progress; moved |= progress) {
+    progress = false;
+    for (int n = first; n < last; ++n) {
+      const int t = reversed ? first + last - 1 - n : n;
       if (fibers[t].done) continue;
       threadIdx.x = t;
       swapcontext(&scheduler, &fibers[t].context);
-      left |= !fibers[t].done;
     }
   }
-  return progress;
+  return moved;
+}
+
+inline bool run_block(int threads) {
+  prepare(threads);
+  const int count = static_cast<int>(warps.size());
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (int n = 0; n < count; ++n) {
+      const int first = (reversed ? count - 1 - n : n) * kLanes;
+      moved |= run_warp(first, std::min(first + kLanes, threads));
+    }
+  }
+  return std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.done; });
 }
 
 template <typename F>
