@@ -1,16 +1,14 @@
 """What holds for all native CPU kernels: who serves a call, the same bits always, and nothing outside the tensors."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparse_bwd.ops import backend, reference
+from sparse_bwd.ops import backend
 from sparse_bwd.ops.backend import forced, native
-from tests.cases import LAYOUTS
 from tests.conftest import THREADS
 from tests.native_calls import INSTRUCTIONS, OPS, calls, choose, integers, needs_native, outcome
 from tests.tolerance import assert_same_bits
@@ -209,87 +207,3 @@ def test_vectors_that_no_kernel_reads_go_to_plain_pytorch(vector: Tensor) -> Non
             expected = outcome(call)
         for result, other in zip(outcome(call), expected, strict=True):
             assert_same_bits(result, other, call[0])
-
-
-@needs_native
-def test_write_back_between_memory_formats() -> None:
-    """Weights and slices in any two formats, and kernels of one column, whose strides do not tell the format."""
-    narrow = integers(6, 4, 1, 3, largest=100).transpose(2, 3)
-    assert narrow.is_contiguous() and narrow.stride(3) == 3
-    index = torch.tensor([0, 3, 5]), torch.tensor([0, 3])
-    for full in (integers(6, 4, 3, 2, largest=100), narrow, integers(6, 4, 1, 1), integers(6, 1, 3, 3)):
-        for dim in (0, 1) if full.shape[1] > 1 else (0,):
-            part = integers(*full.index_select(dim, index[dim]).shape, largest=100)
-            expected = reference.write_back_ref(full, part, index[dim], dim, 1)
-            for one in DENSE:
-                for two in DENSE:
-                    held = LAYOUTS[one](full.clone(memory_format=torch.preserve_format))
-                    with forced("native"):
-                        OPS.write_back([held], [LAYOUTS[two](part)], [index[dim]], [dim], [1])
-                    assert_same_bits(held, expected, f"dim {dim}: {two} into {one}")
-
-
-@needs_native
-@pytest.mark.parametrize("dim,groups", [(0, 1), (1, 1), (1, 2)])
-@pytest.mark.parametrize("wrong", [-1, 8, 2**40])
-def test_write_back_never_writes_outside_the_weight(wrong: int, dim: int, groups: int) -> None:
-    full = integers(8, 8 // groups, 2, 2)
-    part = torch.ones(2, 8, 2, 2).transpose(0, dim).contiguous() if groups == 1 else torch.ones(2, 4, 2, 2)
-    held = full.clone()
-    with (
-        pytest.raises(ValueError, match="an index names a channel that the weight does not have"),
-        forced("native"),
-    ):
-        OPS.write_back([held], [part], [torch.tensor([0, wrong])], [dim], [groups])
-    assert_same_bits(held, full, "a refused call writes nothing")
-
-
-@needs_native
-def test_write_back_refuses_slices_that_do_not_fit() -> None:
-    full, index = [torch.zeros(4, 3)], [torch.tensor([0, 2])]
-    with forced("native"):
-        for part in (torch.ones(3, 3), torch.ones(1, 3), torch.ones(2, 2)):
-            with pytest.raises(ValueError, match="a slice must hold the values of its channels"):
-                OPS.write_back(full, [part], index, [0], [1])
-        with pytest.raises(ValueError, match="an index must be contiguous int64"):
-            OPS.write_back(full, [torch.ones(2, 3)], [index[0].int()], [0], [1])
-        with pytest.raises(NotImplementedError):
-            OPS.write_back([full[0].half()], [torch.ones(2, 3).bfloat16()], index, [0], [1])
-    assert full[0].count_nonzero() == 0
-
-
-HUGE = (1, 2, (1 << 14) + 8, 1 << 16)  # a little more than 2^31 elements
-
-
-def test_results_of_huge_tensors_have_the_right_sizes() -> None:
-    x = torch.empty(HUGE, device="meta", dtype=torch.bfloat16)
-    count = x.numel()
-    assert count > 2**31
-    y, mask = OPS.affine_act(x, None, None, "relu", 0.0, 0.0, True)
-    assert y.shape == x.shape and mask.numel() == -(-count // 8)
-    y, offset = OPS.max_pool2d(x, [2, 2], [1, 1], [0, 0], [1, 1], False)
-    assert y.shape == offset.shape == (1, 2, HUGE[2] - 1, HUGE[3] - 1)
-    assert OPS.max_pool2d_dx(y, offset, list(HUGE), [2, 2], [1, 1], [0, 0], [1, 1], False).shape == x.shape
-    assert OPS.response(x, x).shape == (3, 1, 2)
-
-
-@needs_native
-@pytest.mark.parametrize("layout", DENSE)
-def test_positions_past_two_to_the_31_are_reached(layout: str, tmp_path: Path) -> None:
-    """On a file that is one hole but for a few values, so that 4 GiB cost a few pages."""
-    n, c, h, w = HUGE
-    flat = torch.from_file(str(tmp_path / "hole"), shared=True, size=n * c * h * w, dtype=torch.bfloat16)
-    x = flat.view(HUGE) if layout == "contiguous" else flat.view(n, h, w, c).permute(0, 3, 1, 2)
-    step = [4098, 1 << 14]
-    points = x[:, :, :: step[0], :: step[1]]
-    points.copy_(integers(*points.shape, largest=100))
-    expected = points.clone()
-    assert points.shape == (1, 2, 4, 4)
-    with forced("native"):
-        y, offset = OPS.max_pool2d(x, [1, 1], step, [0, 0], [1, 1], False)
-        dy = LAYOUTS[layout](integers(*points.shape, largest=1, dtype=torch.bfloat16))
-        size = [2, 1, 1, 1]
-        dw = OPS.conv2d_dw(x, dy, None, None, None, size, step, [0] * 4, "zeros", [1, 1], 2, False)
-    assert_same_bits(y, expected)
-    assert offset.count_nonzero() == 0
-    assert_same_bits(dw.flatten(), (expected.float() * dy.float()).sum((0, 2, 3)).bfloat16())

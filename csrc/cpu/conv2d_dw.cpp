@@ -44,6 +44,10 @@ void conv2d_dw(Tensor dw, Tensor x, Tensor dy, std::optional<Tensor> rows, Ints 
              type_of(x)};
   require(p.selected == (rows ? rows->numel() : dy.size(1)) && groups > 0 && p.selected % groups == 0,
           "dw must have one row per selected channel of dy, the same number in every group.");
+  require(!rows || (rows->scalar_type() == torch::headeronly::ScalarType::Long && rows->is_contiguous()),
+          "rows must be contiguous int64.");
+  for (int64_t j = 0; p.rows && j < p.selected; ++j)
+    require(p.rows[j] >= 0 && p.rows[j] < dy.size(1), "rows name a channel that dy does not have.");
   require(x.size(1) == groups * p.per_in, "x must have the input channels of every group.");
   require(type_of(dy) == p.type && type_of(dw) == p.type, "x, dy and dw must have one type.");
   const int64_t lines = p.window.n * p.window.oh, taps = kernel[0] * kernel[1];
