@@ -23,14 +23,27 @@ ACTS = (("none", 0.0, 0.0), ("relu", 0.0, 0.0), ("hardtanh", -1.0, 2.0), ("leaky
 needs_native = pytest.mark.skipif(bool(backend.missing("cpu")), reason=f"cpu: {backend.missing('cpu')}")
 
 
-def choose(name: str) -> None:
-    """Let the CPU kernels of one instruction set serve ("" = the widest); skip where the processor lacks it."""
+def choose(name: str) -> str:
+    """Let the CPU kernels of one instruction set serve ("" = the widest), and say which serve now."""
+    chosen: str = backend.native("use_cpu_kernels")(name)
+    return chosen
+
+
+def why_not(name: str) -> str:
+    """Why the kernels of an instruction set cannot serve here; "" where they can."""
     if backend.missing("cpu"):
-        pytest.skip(backend.missing("cpu"))
+        return backend.missing("cpu")
     try:
-        backend.native("use_cpu_kernels")(name)
+        choose(name)
     except ValueError as error:
-        pytest.skip(f"{name}: {error}")
+        return str(error)
+    choose("")
+    return ""
+
+
+WHY_NOT = {name: why_not(name) for name in INSTRUCTIONS}
+# What the tests run on: each set of this processor; without a library one that is skipped.
+USABLE = [name for name, reason in WHY_NOT.items() if not reason] or ["portable"]
 
 
 def integers(*shape: int, largest: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -18,7 +18,7 @@ from sparse_bwd.ops.backend import forced, native
 from sparse_bwd.ops.conv2d_dw import kept_input, make_plan
 from sparse_bwd.ops.write_back import read_slices
 from tests.cases import AXES, CONV_CASES, LAYOUTS, SELECTIONS, Case, is_depthwise
-from tests.native_calls import ACTS, INSTRUCTIONS, OPS, choose, integers
+from tests.native_calls import ACTS, OPS, USABLE, choose, integers, needs_native
 from tests.tolerance import assert_close_to_oracle, assert_same_bits
 
 # One element, one pixel, one channel, vectors that end inside, at and after a register, planes that share a byte of
@@ -27,11 +27,12 @@ SHAPES = [
     (1, 1, 1, 1), (2, 33, 1, 1), (3, 1, 5, 7), (2, 3, 5, 7), (1, 7, 3, 3), (2, 8, 4, 4), (1, 15, 2, 9), (2, 16, 3, 5),
     (1, 17, 7, 1), (3, 31, 1, 2), (2, 64, 7, 7), (2, 5, 131, 67),
 ]  # fmt: skip
+pytestmark = needs_native
 DTYPES = [torch.float32, torch.bfloat16]
 DENSE = ["contiguous", "channels_last"]
 
 
-@pytest.fixture(params=INSTRUCTIONS, autouse=True)
+@pytest.fixture(params=USABLE, autouse=True)
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set in turn; the widest again afterwards."""
     choose(request.param)
