@@ -223,3 +223,17 @@ def test_a_library_without_all_kernels_is_not_used(tmp_path: Path, monkeypatch: 
     with pytest.warns(RuntimeWarning, match="it has no response"):
         assert backend._load("cpu") == "the native library for cpu cannot be loaded (it has no response)"
     assert backend._load("cuda") == "the native library for cuda is not built"
+
+
+def test_why_a_library_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "ops" / "backend.py"))
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    assert backend._load("cpu") == "the native library for cpu is not built"
+    (tmp_path / "_native_cuda.abi3.so").touch()
+    monkeypatch.setitem(backend._missing, "cpu", "of a reason")
+    assert backend._load("cuda") == "it needs the native library for cpu: of a reason"
+    monkeypatch.setitem(backend._missing, "cpu", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend._load("cuda") == "this machine has no CUDA device"
+    monkeypatch.setenv(backend.VARIABLE, "0")
+    assert backend._load("cuda") == "SPARSE_BWD_NATIVE=0 turns the native libraries off"

@@ -72,6 +72,16 @@ def test_without_the_libraries_the_reason_and_the_remedy_are_told() -> None:
     assert remedy in shown.stdout
 
 
+def test_no_instructions_are_named_where_no_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backend._missing, "cpu", "of a reason")
+    found = doctor.examine()
+    assert found["cpu"]["native"] is None and found["libraries"]["cpu"]["reason"] == "of a reason"
+    assert {row["reason"] for row in found["operators"] if row["device"] == "cpu"} == {
+        "of a reason", "PyTorch's own kernels serve it",
+    }  # fmt: skip
+    assert "native kernels not loaded" in doctor.render(found)
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine with a GPU, a torch for CUDA 13.0, both compilers, and no library; tests take parts away."""

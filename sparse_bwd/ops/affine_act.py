@@ -187,9 +187,9 @@ def _inner(x: Tensor) -> int:
     return 1 if is_channels_last(x) else 0
 
 
-def _fit(*vectors: Tensor | None) -> bool:
-    """Whether the native kernels can read these per-channel vectors."""
-    return all(v is None or (v.dtype is torch.float32 and v.is_contiguous()) for v in vectors)
+def _fits(vector: Tensor | None) -> bool:
+    """Whether the native kernels can read a per-channel vector."""
+    return vector is None or (vector.dtype is torch.float32 and vector.is_contiguous())
 
 
 def _mask_for(y: Tensor, act: str, keep: bool) -> Tensor:
@@ -201,7 +201,7 @@ def affine_act_native(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, low: float, high: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
     inner = _inner(x)
-    if not (inner and known(x) and _fit(scale, shift)):
+    if not (inner and known(x) and _fits(scale) and _fits(shift)):
         return NotImplemented
     y = torch.empty_like(x)
     mask = _mask_for(y, act, keep)
@@ -214,7 +214,7 @@ def affine_act_inplace_native(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, low: float, high: float, keep: bool
 ) -> Tensor:
     inner = _inner(x)
-    if not (inner and known(x) and _fit(scale, shift)):
+    if not (inner and known(x) and _fits(scale) and _fits(shift)):
         return NotImplemented
     mask = _mask_for(x, act, keep)
     kept = mask if keep and act != "none" else None
@@ -233,7 +233,7 @@ def affine_act_dx_native(
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty_strided(dy.shape, tuple(strides), dtype=dy.dtype, device=dy.device)
     inner = _inner(dx)
-    if not (inner and known(dy) and _fit(scale)):
+    if not (inner and known(dy) and _fits(scale)):
         return NotImplemented
     source = dy if dy.stride() == dx.stride() else dx.copy_(dy)
     channels = dy.shape[1] if dy.dim() > 1 else 1
