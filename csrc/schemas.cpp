@@ -28,6 +28,11 @@ STABLE_TORCH_LIBRARY(sparse_bwd_native, m) {
         "int[] dilation, bool channels_last) -> ()");
   // sums[3, N, C] float64 = <new, previous>, |new|^2, |previous|^2;  previous <- new
   m.def("response(Tensor(a!) sums, Tensor(b!) previous, Tensor new, bool channels_last) -> ()");
+  // conv2d, then act(scale y + shift) in place, for layers that follow one another; the lists as csrc/cpu/conv_chain.cpp
+  // describes them (CPU only, allocates its results)
+  m.def("conv_chain(Tensor x, Tensor?[] tensors, int[] numbers, float[] values, bool channels_last) -> Tensor[]");
+  m.def("conv_chain_dx(Tensor dy, Tensor?[] tensors, Tensor[] made, int[] numbers, float[] values, int[] size, "
+        "bool channels_last) -> Tensor[]");
   // the slices along dims[i] (0, or 1 with groups) of every weight, as ops/write_back.py describes them
   m.def("write_back(Tensor(a!)[] weights, Tensor[] slices, Tensor?[] indices, int[] dims, int[] groups) -> ()");
   // choose the CPU kernels by name ("" = the widest instruction set of this processor) and say which serve now

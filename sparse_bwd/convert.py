@@ -106,7 +106,7 @@ def convert(
             report.skipped[name] = reason
         else:
             report.swapped[name] = _swap(module, batch_norm)
-    for name, module in model.named_modules():
+    for name, module in reversed(list(model.named_modules())):  # inner Sequentials first
         if type(module).forward is nn.Sequential.forward and module not in inside and can_chain(module):
             module.__dict__["_stock_class"] = type(module)
             module.__class__ = Chain

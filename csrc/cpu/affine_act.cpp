@@ -1,18 +1,25 @@
 // Tensors of affine_act and affine_act_dx to the kernels of kernels/affine_act.h.
-#include "cpu/binding.h"
+#include "cpu/operators.h"
 
 #include <algorithm>
 
 namespace sparse_bwd {
 namespace {
 
-// Per-channel values as the kernels read them: repeated past the end where neighbours have neighbouring channels.
-std::vector<float> coefficients(const std::optional<Tensor>& vector, int64_t channels, int64_t inner) {
-  if (!vector) return {};
-  require(vector->scalar_type() == torch::headeronly::ScalarType::Float && vector->numel() == channels &&
-              vector->is_contiguous(),
+void check_mask(const std::optional<Tensor>& mask, int64_t numel) {
+  require(!mask || mask->numel() == (numel + 7) / 8, "the mask must hold one bit per element.");
+}
+
+const float* vector_of(const std::optional<Tensor>& x, int64_t channels) {
+  if (!x) return nullptr;
+  require(x->scalar_type() == torch::headeronly::ScalarType::Float && x->numel() == channels && x->is_contiguous(),
           "scale and shift must be contiguous float32 vectors with one value per channel.");
-  const float* values = (const float*)vector->const_data_ptr();
+  return (const float*)x->const_data_ptr();
+}
+
+// Per-channel values as the kernels read them: repeated past the end where neighbours have neighbouring channels.
+std::vector<float> table_of(const float* values, int64_t channels, int64_t inner) {
+  if (values == nullptr) return {};
   std::vector<float> table(channels + (inner == 1 ? kWidth : 0));
   for (int64_t i = 0; i < (int64_t)table.size(); ++i) table[i] = values[i % channels];
   return table;
@@ -20,22 +27,13 @@ std::vector<float> coefficients(const std::optional<Tensor>& vector, int64_t cha
 
 const float* data(const std::vector<float>& table) { return table.empty() ? nullptr : table.data(); }
 
-void check_mask(const std::optional<Tensor>& mask, int64_t numel) {
-  require(!mask || mask->numel() == (numel + 7) / 8, "the mask must hold one bit per element.");
-}
-
 void affine_act(Tensor y, std::optional<Tensor> mask, Tensor x, std::optional<Tensor> scale,
                 std::optional<Tensor> shift, int64_t inner, int64_t act, double low, double high) {
   const int64_t channels = scale ? scale->numel() : 1, numel = x.numel();
-  require(y.numel() == numel && type_of(y) == type_of(x), "x and y must have one size and type.");
   require(scale.has_value() == shift.has_value(), "scale and shift come together.");
-  check_mask(mask, numel);
-  if (numel == 0) return;
-  const std::vector<float> a = coefficients(scale, channels, inner), b = coefficients(shift, channels, inner);
-  const AffineAct p{x.const_data_ptr(), y.mutable_data_ptr(), mask ? bytes_of(*mask) : nullptr, data(a), data(b),
-                    channels, inner, numel, type_of(x), (Act)act, (float)low, (float)high};
+  const AffineActCall call(y, mask, x, vector_of(scale, channels), vector_of(shift, channels), channels, inner, act, low, high);
   parallel((numel + kStep - 1) / kStep, kStep, [&](int64_t begin, int64_t end) {
-    kernels().affine_act(p, begin * kStep, std::min(end * kStep, numel));
+    kernels().affine_act(call.p, begin * kStep, std::min(end * kStep, numel));
   });
 }
 
@@ -69,6 +67,17 @@ void sum_planes(const AffineAct& p, float* dshift) {
   }
 }
 
+}  // namespace
+
+AffineActCall::AffineActCall(const Tensor& y, const std::optional<Tensor>& mask, const Tensor& x, const float* a,
+                             const float* b, int64_t channels, int64_t inner, int64_t act, double low, double high)
+    : scale(table_of(a, channels, inner)), shift(table_of(b, channels, inner)),
+      p{x.const_data_ptr(), y.mutable_data_ptr(), mask ? bytes_of(*mask) : nullptr, data(scale), data(shift),
+        channels, inner, x.numel(), type_of(x), (Act)act, (float)low, (float)high} {
+  require(y.numel() == x.numel() && type_of(y) == type_of(x), "x and y must have one size and type.");
+  check_mask(mask, x.numel());
+}
+
 void affine_act_dx(Tensor dx, std::optional<Tensor> dshift, Tensor dy, std::optional<Tensor> scale,
                    std::optional<Tensor> mask, int64_t channels, int64_t inner, int64_t act, double slope) {
   const int64_t numel = dy.numel();
@@ -81,7 +90,7 @@ void affine_act_dx(Tensor dx, std::optional<Tensor> dshift, Tensor dy, std::opti
     std::fill(sums, sums + channels, 0.0f);
   }
   if (numel == 0) return;
-  const std::vector<float> a = coefficients(scale, channels, inner);
+  const std::vector<float> a = table_of(vector_of(scale, channels), channels, inner);
   const AffineAct p{dy.const_data_ptr(), dx.mutable_data_ptr(), mask ? bytes_of(*mask) : nullptr, data(a), nullptr,
                     channels, inner, numel, type_of(dy), (Act)act, (float)slope, 0.0f};
   if (dshift) {
@@ -92,8 +101,6 @@ void affine_act_dx(Tensor dx, std::optional<Tensor> dshift, Tensor dy, std::opti
     kernels().affine_act_dx(p, begin * kStep, std::min(end * kStep, numel));
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_bwd_native, CPU, m) {
   m.impl("affine_act", TORCH_BOX(&affine_act));

@@ -1,5 +1,5 @@
 // Tensors of conv2d_dw to the kernels of kernels/conv2d_dw.h.
-#include "cpu/binding.h"
+#include "cpu/operators.h"
 
 #include <algorithm>
 
@@ -36,6 +36,8 @@ uint16_t to_bf16(float value) {
   return (uint16_t)((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
 }
 
+}  // namespace
+
 void conv2d_dw(Tensor dw, Tensor x, Tensor dy, std::optional<Tensor> rows, Ints stride, Ints padding, Ints dilation,
                int64_t groups, bool channels_last) {
   const Ints kernel{dw.size(2), dw.size(3)};
@@ -69,8 +71,6 @@ void conv2d_dw(Tensor dw, Tensor x, Tensor dy, std::optional<Tensor> rows, Ints 
     collect(p, partial, runs, [&](int64_t at, float value) { out[at] = to_bf16(value); });
   }
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_bwd_native, CPU, m) { m.impl("conv2d_dw", TORCH_BOX(&conv2d_dw)); }
 

@@ -15,4 +15,4 @@ namespace portable { extern const Kernels kTable; }
 
 #define SPARSE_BWD_TABLE(name)                                                                        \
   const Kernels kTable = {name,       affine_act,    affine_act_dx, affine_act_dx_sum,                 \
-                          max_pool2d, max_pool2d_dx, conv2d_dw,     response};
+                          max_pool2d, max_pool2d_dx, conv2d_dw,     depthwise,         response};

@@ -54,6 +54,30 @@ struct Conv2dDw {
   Type type;
 };
 
+// Which taps of the kernel an output row (or column) has, and which input row (or column) each of them reads.
+struct Taps {
+  struct Tap {
+    int64_t tap, source;
+  };
+  const int64_t* start;  // taps [start[i], start[i + 1]) belong to the output i
+  const Tap* taps;
+  // Whether the outputs i, i + step, ... (Depthwise::kPixels of them) have the same taps, with sources `shift` apart.
+  const uint8_t* alike;
+  int64_t step, shift;
+};
+
+// Forward or dx of a depthwise convolution, channels_last: [N, H, W, C] -> [N, OH, OW, C].
+struct Depthwise {
+  static constexpr int kPixels = 4;
+  const void* in;
+  void* out;
+  const float* weight;   // [kh, kw, C rounded up to kWidth]
+  const float* bias;     // [C rounded up to kWidth]; null = none
+  int64_t c, in_h, in_w, out_h, out_w, kw;
+  Taps rows, columns;
+  Type type;
+};
+
 struct Response {
   const void* now;       // [N, C, P], or [N, P, C] in channels_last
   void* previous;
@@ -78,6 +102,8 @@ struct Kernels {
   // output rows [begin, end) of N OH are summed into partial: [J, I, kh, kw] (NCHW); [kh, kw, J] (depthwise) or
   // [kh, kw, J, I] (grouped) with the last dimension rounded up to kWidth (channels_last)
   void (*conv2d_dw)(const Conv2dDw&, int64_t begin, int64_t end, float* partial);
+  // output rows [begin, end) of N OH
+  void (*depthwise)(const Depthwise&, int64_t begin, int64_t end);
   // samples x channel blocks [begin, end) of N ceil(C / kWidth)
   void (*response)(const Response&, int64_t begin, int64_t end);
 };

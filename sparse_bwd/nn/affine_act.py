@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.nn.compact import CompactLayer, Slot, as_index
+from sparse_bwd.nn.compact import CompactLayer, Slot
 from sparse_bwd.nn.function import Function, refuse_second_order
+from sparse_bwd.nn.index import as_index
 from sparse_bwd.ops.layout import dense_strides, is_channels_last
 
 
@@ -28,6 +29,7 @@ class Activation(NamedTuple):
 
 
 IDENTITY = Activation("none")
+_RELU, _RELU6 = Activation("relu"), Activation("hardtanh", 0.0, 6.0)
 
 
 class AffineActFunction(Function):
@@ -52,13 +54,11 @@ class AffineActFunction(Function):
         return y, mask
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, scale, _, part_shift, shift_rows, ctx.act, inplace = inputs
         y, mask = output
         if inplace:
             ctx.mark_dirty(x)
-        ctx.mark_non_differentiable(mask)
-        ctx.set_materialize_grads(False)
         needs_dx, needs_dshift = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         ctx.save_for_backward(
             scale if needs_dx else None,
@@ -69,10 +69,8 @@ class AffineActFunction(Function):
         ctx.strides = y.stride() if y.is_contiguous() or is_channels_last(y) else dense_strides(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_second_order("A frozen norm or a lean activation")
-        if dy is None:
-            return (None,) * 7
         scale, mask, part_shift, shift_rows = ctx.saved_tensors
         needs_dshift = ctx.needs_input_grad[3]
         dx, dshift = torch.ops.sparse_bwd.affine_act_dx.default(
@@ -115,7 +113,7 @@ def affine_act(
         view = inplace and x._is_view()
         y: Tensor = AffineActFunction.apply(
             x, scale, shift, part_shift, shift_rows, act, inplace and not view
-        )[0]
+        )
         return x.copy_(y) if view else y
     arguments = (scale, shift, act.kind, act.low, act.high, False)
     if inplace:
@@ -144,7 +142,7 @@ class ReLU(LeanActivation, nn.ReLU):
 
     @property
     def activation(self) -> Activation:
-        return Activation("relu")
+        return _RELU
 
 
 class Hardtanh(LeanActivation, nn.Hardtanh):
@@ -160,7 +158,7 @@ class ReLU6(LeanActivation, nn.ReLU6):
 
     @property
     def activation(self) -> Activation:
-        return Activation("hardtanh", 0.0, 6.0)
+        return _RELU6
 
 
 class LeakyReLU(LeanActivation, nn.LeakyReLU):
@@ -260,6 +258,7 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
 
     def affine_act(self, x: Tensor, act: Activation, inplace: bool) -> Tensor:
         """The norm followed by an activation in one pass; only where `on_running_statistics`."""
+        self._check_input_dim(x)
         scale, shift = self.coefficients()
         slot = self._slots.get("bias")
         rows = None if slot is None else slot.index
@@ -268,7 +267,6 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.on_running_statistics:
             return super().forward(input)
-        self._check_input_dim(input)
         return self.affine_act(input, IDENTITY, inplace=False)
 
     def extra_repr(self) -> str:

@@ -10,22 +10,34 @@ a hook on an inner module, or a forward replaced on it, switches its run to the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from sparse_bwd.nn.affine_act import IDENTITY, Activation, BatchNorm2d, activation_of, affine_act
+from sparse_bwd.nn.affine_act import BatchNorm2d, activation_of, affine_act
+from sparse_bwd.nn.compact import CompactLayer, synchronise
 from sparse_bwd.nn.conv import SparseConv2d
-from sparse_bwd.nn.linear import SparseLinear
+from sparse_bwd.nn.conv_block import Step, run_steps
+from sparse_bwd.nn.linear import SparseLinear, autocast_input
 
 _LOCAL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks"
 )  # fmt: skip
 
+# A block of the usual networks. Backward keeps what the runs of a block saved until all of it is done.
+_BLOCK = 3
+
 
 def _watched(module: nn.Module) -> bool:
     """Whether somebody could see this module's own input or output."""
-    return "forward" in module.__dict__ or any(getattr(module, name) for name in _LOCAL_HOOKS)
+    own = module.__dict__
+    return (
+        "forward" in own
+        or any(own[name] for name in _LOCAL_HOOKS)
+        or any(getattr(_module, name) for name in _GLOBAL_HOOKS)
+    )
 
 
 def _run_length(modules: list[nn.Module], start: int) -> int:
@@ -51,44 +63,66 @@ def _is_affine(module: nn.Module) -> bool:
 
 def can_chain(sequential: nn.Sequential) -> bool:
     """Whether any neighbours in the Sequential could run as one."""
-    modules = list(sequential)
-    return any(_run_length(modules, i) > 1 for i in range(len(modules)))
+    modules = list(_unwatched(sequential))
+    return len(modules) > len(sequential) or any(_run_length(modules, i) > 1 for i in range(len(modules)))
 
 
 class Chain(nn.Sequential):
     """A Sequential that fuses conv-norm-activation runs in place; keeps what its members keep, never a value between.
 
-    `convert` turns every Sequential with such neighbours into a Chain and remembers its class for `restore`.
+    Runs that follow one another go through one Function, up to `_BLOCK` of them, also where they stand in Chains of
+    their own. `convert` turns every Sequential with such neighbours into a Chain and remembers its class for `restore`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        modules = list(self)
+        modules = list(_unwatched(self))
+        block: list[list[nn.Module]] = []
         at = 0
         while at < len(modules):
-            length = _run_length(modules, at)
-            run = modules[at : at + length]
-            seen = any(getattr(_module, name) for name in _GLOBAL_HOOKS) or any(_watched(m) for m in run)
-            if length == 1 or seen:
-                input = modules[at](input)
-                at += 1
-            else:
+            run = modules[at : at + _run_length(modules, at)]
+            at += len(run)
+            if type(run[0]) is SparseConv2d and input.dim() == 4 and not any(_watched(m) for m in run):
+                block.append(run)
+                if len(block) < _BLOCK:
+                    continue
+                run = []
+            if block:
+                input, block = _run_block(block, input), []
+            if run:
                 input = _run(run, input)
-                at += length
-        return input
+        return _run_block(block, input) if block else input
+
+
+def _unwatched(sequential: nn.Sequential) -> Iterator[nn.Module]:
+    """The members, with those of unwatched inner Chains in their place."""
+    for module in sequential._modules.values():
+        if type(module) is Chain and not _watched(module):
+            yield from _unwatched(module)
+        elif module is not None:
+            yield module
+
+
+def _run_block(block: list[list[nn.Module]], x: Tensor) -> Tensor:
+    """Run convolutions, each with its norm and activation, as one."""
+    synchronise(layer for run in block for layer in run[:2] if isinstance(layer, CompactLayer))
+    return run_steps(autocast_input(x), [_step(run) for run in block])
+
+
+def _step(run: list[nn.Module]) -> Step:
+    conv, norm = run[0], run[1] if len(run) > 1 else None
+    assert isinstance(conv, SparseConv2d)
+    return Step(conv, norm if isinstance(norm, BatchNorm2d) else None, activation_of(run[-1]))
 
 
 def _run(run: list[nn.Module], x: Tensor) -> Tensor:
-    """Run neighbours as one."""
-    act = activation_of(run[-1]) or IDENTITY
-    middle = run[1] if len(run) > 1 else run[0]
-    if type(run[0]) is not BatchNorm2d:
-        x = run[0](x)
-        return _normalise(middle, x, act, inplace=True)
-    return _normalise(run[0], x, act, inplace=False)
-
-
-def _normalise(module: nn.Module, x: Tensor, act: Activation, inplace: bool) -> Tensor:
-    if isinstance(module, BatchNorm2d):
-        module._check_input_dim(x)
-        return module.affine_act(x, act, inplace)
-    return affine_act(x, None, None, act, inplace)
+    """Run neighbours that are no convolution as one, or step by step where somebody looks on."""
+    if len(run) > 1 and not any(_watched(module) for module in run):
+        first, act = run[0], activation_of(run[-1])
+        assert act is not None
+        if isinstance(first, BatchNorm2d):
+            return first.affine_act(x, act, inplace=False)
+        if isinstance(first, SparseLinear):
+            return affine_act(first(x), None, None, act, inplace=True)
+    for module in run:
+        x = module(x)
+    return x

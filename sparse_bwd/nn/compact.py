@@ -14,16 +14,16 @@ one's backward. Staleness is caught by saving the compact Parameter for backward
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.ops.write_back import read_slices
+from sparse_bwd.nn.index import Move, mover
+from sparse_bwd.ops.write_back import read_slices, write_back
 
-Move = Callable[[Tensor | None], Tensor | None]
 TRAINABLE = {"weight": "trainable_weight", "bias": "trainable_bias"}
 
 
@@ -43,36 +43,6 @@ class _Synced(NamedTuple):
     full_version: int
     part: Tensor
     part_version: int
-
-
-def as_index(index: Iterable[int] | Tensor | None, count: int, what: str) -> Tensor | None:
-    """A sorted, unique int64 CPU index into `count` channels; None stays None (= all).
-
-    Raises:
-        TypeError: the index holds something other than integers.
-        ValueError: it repeats a channel or leaves 0..count-1.
-    """
-    if index is None:
-        return None
-    values = torch.as_tensor(index if isinstance(index, Tensor) else list(index)).cpu()
-    if values.numel() == 0:
-        return torch.empty(0, dtype=torch.int64).zero_()
-    if (
-        values.dtype.is_floating_point
-        or values.dtype.is_complex
-        or values.dtype == torch.bool
-        or values.dim() != 1
-    ):
-        raise TypeError(
-            f"{what}: channels must be a 1-d list of integers, not {values.dtype} of shape {tuple(values.shape)}."
-        )
-    values = values.to(torch.int64).sort().values
-    if bool((values[1:] == values[:-1]).any()):
-        raise ValueError(f"{what}: a channel is named twice; name each selected channel once.")
-    if int(values[0]) < 0 or int(values[-1]) >= count:
-        wrong = int(values[0]) if int(values[0]) < 0 else int(values[-1])
-        raise ValueError(f"{what} has channels 0 to {count - 1}; channel {wrong} does not exist.")
-    return values
 
 
 class CompactLayer(nn.Module):
@@ -165,28 +135,9 @@ class CompactLayer(nn.Module):
         return self._parameters[name]
 
     def synchronise(self) -> None:
-        """Make full and compact tensors agree: trained values go to the full tensor, user edits of it come back.
-
-        An edit is an in-place change of the full tensor since both last agreed, while the compact one stayed as it was.
-        """
-        for name, slot in self._slots.items():
-            full, part = self._parameters[name], self._parameters[TRAINABLE[name]]
-            if full is None or part is None:
-                continue
-            if torch.compiler.is_compiling():  # a graph cannot read version counters
-                _write(full, part, slot)
-                continue
-            synced = self._synced.get(name)
-            known = synced is not None and synced.full is full and synced.part is part
-            same_part = known and synced.part_version == part._version  # type: ignore[union-attr]
-            same_full = known and synced.full_version == full._version  # type: ignore[union-attr]
-            if same_part and not same_full:
-                with torch.no_grad():
-                    part.copy_(read_slices(full, slot.index, slot.dim, slot.groups))
-            else:
-                _write(full, part, slot)
-            if not (same_part and same_full):
-                self._record([name])
+        """Make full and compact tensors agree, as the function `synchronise` says."""
+        if self._slots:
+            synchronise((self,))
 
     def _record(self, names: Iterable[str]) -> None:
         """Note that the named full tensors and their compact Parameters agree now."""
@@ -257,26 +208,48 @@ class CompactLayer(nn.Module):
         return {**self.__dict__, "_synced": {}}
 
 
-def mover(device: torch.device) -> Move:
-    """A function that moves index vectors to `device`; a vector that is held in two places stays one."""
-    moved: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def move(vector: Tensor | None) -> Tensor | None:
-        return None if vector is None else moved.setdefault(id(vector), (vector, vector.to(device)))[1]
-
-    return move
-
-
 def _same_slot(a: Slot, b: Slot) -> bool:
     if (a.dim, a.groups, a.index is None) != (b.dim, b.groups, b.index is None):
         return False
     return a.index is None or b.index is None or torch.equal(a.index, b.index)
 
 
-def _write(full: Tensor, part: Tensor, slot: Slot) -> None:
-    # .data has a version counter of its own: the write stays invisible to graphs that saved `full`.
-    write_back = torch.ops.sparse_bwd.write_back.default
-    write_back([full.data], [part.detach()], [slot.index], [slot.dim], [slot.groups])
+def synchronise(layers: Iterable[CompactLayer]) -> None:
+    """Make full and compact tensors of layers agree, in one write for all of them.
+
+    Trained values go to the full tensor, user edits of it come back. An edit is an in-place change of the full tensor
+    since both last agreed, while the compact one stayed as it was.
+    """
+    compiling = torch.compiler.is_compiling()  # a graph cannot read version counters
+    fulls, parts, slots = [], [], []
+    for layer in layers:
+        parameters, synced = layer._parameters, layer._synced
+        for name, slot in layer._slots.items():
+            full, part = parameters[name], parameters[TRAINABLE[name]]
+            if full is None or part is None:
+                continue
+            if not compiling:
+                last = synced.get(name)
+                known = last is not None and last.full is full and last.part is part
+                same_part = known and last.part_version == part._version  # type: ignore[union-attr]
+                same_full = known and last.full_version == full._version  # type: ignore[union-attr]
+                if same_part and not same_full:
+                    layer._refresh([name])
+                    continue
+                if not same_full or not same_part:
+                    layer._record([name])
+            # .data has a version counter of its own: the write stays invisible to graphs that saved `full`.
+            fulls.append(full.data)
+            parts.append(part.data)
+            slots.append(slot)
+    if fulls:
+        write_back(
+            fulls,
+            parts,
+            [slot.index for slot in slots],
+            [slot.dim for slot in slots],
+            [slot.groups for slot in slots],
+        )
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -18,10 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_bwd.nn.compact import CompactLayer, Move, as_index, mover
+from sparse_bwd.nn.affine_act import IDENTITY, Activation, BatchNorm2d, affine_act
+from sparse_bwd.nn.compact import CompactLayer
+from sparse_bwd.nn.conv_block import Step, run_steps
 from sparse_bwd.nn.function import Function, refuse_second_order
+from sparse_bwd.nn.index import Move, as_index, mover
 from sparse_bwd.nn.linear import autocast_input, check_words, place_selection
 from sparse_bwd.ops.conv2d_dw import Plan, kept_input, make_plan
+from sparse_bwd.ops.conv_chain import DB, DSHIFT, DW, DX, Block, activation_code, geometry_numbers
 from sparse_bwd.ops.linear_dw import bias_gradient
 from sparse_bwd.ops.padding import Geometry, conv2d_dx, pad
 
@@ -49,7 +53,7 @@ class Conv2dFunction(Function):
         return F.conv2d(pad(x, g), weight, bias, g.stride, g.inner_padding, g.dilation, g.groups)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, part, part_bias, keep, spread, rows, pick, bias_rows, ctx.geometry, ctx.small = inputs
         needs_dx, needs_dw, needs_db = (
             ctx.needs_input_grad[0],
@@ -65,7 +69,7 @@ class Conv2dFunction(Function):
         ctx.dtypes = [None if p is None else p.dtype for p in (part, part_bias)]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_second_order("SparseConv2d")
         x, weight, part, spread, rows, pick, bias_rows = ctx.saved_tensors
         g: Geometry = ctx.geometry
@@ -99,6 +103,7 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
 
     _plan: Plan
     _geometry: Geometry
+    _numbers: tuple[int, ...]  # of a block; empty: the native library does not know the geometry or the plan
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -108,7 +113,7 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
     def _convert(self) -> None:
         self._init_compact()
         self._geometry = _geometry_of(self)
-        self._plan = Plan(None, None, None, None, self.groups)
+        self._plan, self._numbers = Plan(None, None, None, None, self.groups), ()
         for name in ("weight", "bias"):
             parameter = self._parameters[name]
             if parameter is not None:
@@ -116,7 +121,7 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
 
     def _strip_compact(self) -> None:
         super()._strip_compact()
-        del self._geometry, self._plan
+        del self._geometry, self._plan, self._numbers
 
     weight = property(lambda self: self._read("weight"))
     bias = property(lambda self: self._read("bias"))
@@ -165,6 +170,9 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
         rows = self._index if plan.rows is chosen else plan.rows
         self._plan = plan._replace(keep=keep, rows=rows)
         self._move_index(mover(self._full("weight").device))
+        known = plan.spread is None and plan.pick is None and not self._geometry.pads_outside
+        served = known and (self.groups == 1 or self.depthwise)
+        self._numbers = geometry_numbers(self._geometry, self.kernel_size, plan.groups) if served else ()
 
     def _move_index(self, move: Move) -> None:
         super()._move_index(move)
@@ -175,14 +183,52 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         self.synchronise()
-        plan, bias_slot = self._plan, self._slots.get("bias")
+        return run_steps(autocast_input(input), [Step(self, None, None)])
+
+    def convolve(self, x: Tensor, norm: BatchNorm2d | None, act: Activation | None) -> Tensor:
+        """The convolution, and the norm on running statistics and the activation behind it in place."""
+        plan, slot, parameters = self._plan, self._slots.get("bias"), self._parameters
         y: Tensor = Conv2dFunction.apply(
-            autocast_input(input), self._parameters["weight"], self._parameters["bias"],
-            self._parameters["trainable_weight"], self._parameters["trainable_bias"], *plan[:4],
-            None if bias_slot is None else bias_slot.index, self._geometry,
+            x, parameters["weight"], parameters["bias"], parameters["trainable_weight"], parameters["trainable_bias"],
+            *plan[:4], None if slot is None else slot.index, self._geometry,
             (plan.groups, self.axis == "in" and self.groups > 1),
         )  # fmt: skip
-        return y
+        if norm is not None:
+            return norm.affine_act(y, act or IDENTITY, inplace=True)
+        return y if act is None else affine_act(y, None, None, act, inplace=True)
+
+    def trained_tensors(self, norm: BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The compact weight and bias, and the compact shift of the norm behind."""
+        own = self._parameters
+        shift = None if norm is None else norm._parameters["trainable_bias"]
+        return own["trainable_weight"], own["trainable_bias"], shift
+
+    def describe(
+        self,
+        block: Block,
+        kept: list[Tensor | None],
+        norm: BatchNorm2d | None,
+        act: Activation | None,
+        wants: int,
+    ) -> None:
+        """Add this layer, and the norm and activation behind it, to a block and to what its backward reads."""
+        own, plan, slot = self._parameters, self._plan, self._slots.get("bias")
+        keep = plan.keep if wants & DW else None
+        if norm is None:
+            block.tensors.extend((own["weight"], own["bias"], keep, None, None, None, None))
+            eps, shift_rows = -1.0, None
+        else:
+            theirs, shift = norm._parameters, norm._slots.get("bias")
+            block.tensors.extend((
+                own["weight"], own["bias"], keep, norm.running_mean, norm.running_var, theirs["weight"], theirs["bias"],
+            ))  # fmt: skip
+            eps, shift_rows, act = norm.eps, None if shift is None else shift.index, act or IDENTITY
+        block.numbers.extend((*self._numbers, activation_code(act), keep is not None, wants))
+        block.values.extend((eps, 0.0, 0.0) if act is None else (eps, act.low, act.high))
+        kept += (
+            own["weight"] if wants & DX else None, plan.rows if wants & DW else None,
+            slot.index if slot is not None and wants & DB else None, shift_rows if wants & DSHIFT else None,
+        )  # fmt: skip
 
 
 def _geometry_of(conv: nn.Conv2d) -> Geometry:

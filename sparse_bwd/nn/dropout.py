@@ -29,18 +29,14 @@ class DropoutFunction(Function):
         return y, packed
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, ctx.p = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
         ctx.strides = dense_strides(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, None]:
         refuse_second_order("Dropout")
-        if dy is None:
-            return None, None
         (packed,) = ctx.saved_tensors
         keep = bits.unpack(packed, dy.numel()).as_strided(dy.shape, ctx.strides)
         if dy.is_cpu:  # where PyTorch multiplies by keep / (1 - p), rounded to the dtype first
@@ -55,5 +51,5 @@ class Dropout(nn.Dropout):
         lean = self.training and 0 < self.p < 1 and torch.is_grad_enabled() and input.requires_grad
         if not lean:
             return super().forward(input)
-        y: Tensor = DropoutFunction.apply(input, self.p)[0]
+        y: Tensor = DropoutFunction.apply(input, self.p)
         return input.copy_(y) if self.inplace else y

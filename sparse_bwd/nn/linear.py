@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_bwd.nn.compact import CompactLayer, Slot, as_index
+from sparse_bwd.nn.compact import CompactLayer, Slot
 from sparse_bwd.nn.function import Function, refuse_second_order
+from sparse_bwd.nn.index import as_index
 from sparse_bwd.ops.linear_dw import bias_gradient
 
 
@@ -43,7 +44,7 @@ class LinearFunction(Function):
         return result
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, part, part_bias, keep, rows, bias_rows = inputs
         needs_dx, needs_dw, needs_db = (
             ctx.needs_input_grad[0],
@@ -60,7 +61,7 @@ class LinearFunction(Function):
         ctx.dtypes = [None if p is None else p.dtype for p in (part, part_bias)]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_second_order("SparseLinear")
         x, weight, _, rows, bias_rows = ctx.saved_tensors
         dx = dw = db = None

@@ -20,18 +20,14 @@ class MaxPool2dFunction(Function):
         return y, offset
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, ctx.window = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1])
         ctx.shape = x.shape
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, None]:
         refuse_second_order("MaxPool2d")
-        if dy is None:
-            return None, None
         (offset,) = ctx.saved_tensors
         return torch.ops.sparse_bwd.max_pool2d_dx.default(dy, offset, ctx.shape, *ctx.window), None
 
@@ -48,5 +44,5 @@ class MaxPool2d(nn.MaxPool2d):
             return super().forward(input)  # a window may lie in the padding alone and have no offset
         window = (kernel, stride, _pair(self.padding), dilation, self.ceil_mode)
         batch = input if input.dim() == 4 else input.unsqueeze(0)
-        y = MaxPool2dFunction.apply(batch, window)[0]
+        y = MaxPool2dFunction.apply(batch, window)
         return y if input.dim() == 4 else y.squeeze(0)

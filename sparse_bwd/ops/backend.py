@@ -11,6 +11,7 @@ The operators have no autograd of their own: they are called inside the forward 
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ VARIABLE = "SPARSE_BWD_NATIVE"
 DEVICES = ("cpu", "cuda")
 # What a native library must hold; one that was built from other sources may lack some of it.
 KERNELS = ("affine_act", "affine_act_dx", "conv2d_dw", "max_pool2d", "max_pool2d_dx", "response")
-CPU_KERNELS = ("norm_affine", "write_back")
+CPU_KERNELS = ("conv_chain", "conv_chain_dx", "norm_affine", "write_back")
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _served: dict[str, tuple[str, ...]] = {}
@@ -94,6 +95,20 @@ def known(x: Tensor) -> bool:
     return x.dtype in TYPES[x.device.type]
 
 
+def direct(x: Tensor) -> bool:
+    """Whether nobody watches or traces operators now, so that a native one may do the work of several of ours on x."""
+    return (
+        x.is_cpu
+        and not _missing["cpu"]
+        and _forced != "plain"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+@functools.cache
 def native(name: str) -> Callable[..., Any]:
     """The operator `sparse_bwd_native::<name>`; only where a native library is loaded."""
     operator: Callable[..., Any] = getattr(getattr(torch.ops, NATIVE), name).default

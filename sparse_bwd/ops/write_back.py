@@ -7,11 +7,12 @@ channels), or, for input channels of a grouped layer, in column c mod (C_in/g) o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_bwd.ops.backend import native, register
+from sparse_bwd.ops.backend import direct, native, register
 from sparse_bwd.ops.layout import is_channels_last
 
 
@@ -59,11 +60,24 @@ def write_back_native(
     indices: Sequence[Tensor | None],
     dims: Sequence[int],
     groups: Sequence[int],
-) -> None:
+) -> Any:
     for full, part in zip(weights, slices, strict=True):
         if not (_dense(full) and _dense(part) and full.dtype is part.dtype):
             return NotImplemented
     native("write_back")(weights, slices, indices, dims, groups)
+
+
+def write_back(
+    weights: Sequence[Tensor],
+    slices: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    groups: Sequence[int],
+) -> None:
+    """Copy the slices into their weights, by the operator, or past it where nobody watches."""
+    arguments = (weights, slices, indices, dims, groups)
+    if not direct(weights[0]) or write_back_native(*arguments) is NotImplemented:
+        torch.ops.sparse_bwd.write_back.default(*arguments)
 
 
 def _dense(x: Tensor) -> bool:

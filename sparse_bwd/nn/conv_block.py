@@ -1,0 +1,118 @@
+"""Blocks: convolutions that follow one another, with the norms and activations behind them, as one Function.
+
+The contract is that of the layers one by one (`nn/conv.py`, `nn/affine_act.py`), and so are the bytes kept; values and
+gradients between the layers of a block exist only while it runs. Only the native library of the CPU runs blocks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_bwd.nn.affine_act import Activation, BatchNorm2d
+from sparse_bwd.nn.function import refuse_second_order
+from sparse_bwd.ops.conv_chain import (
+    DB,
+    DSHIFT,
+    DW,
+    DX,
+    Block,
+    conv_chain,
+    conv_chain_dx,
+    runs_channels_last,
+    serves,
+)  # fmt: skip
+from sparse_bwd.ops.layout import is_channels_last
+
+if TYPE_CHECKING:
+    from sparse_bwd.nn.conv import SparseConv2d
+
+
+class Step(NamedTuple):
+    """A convolution, and what its output passes in place: a norm on running statistics, an activation."""
+
+    conv: SparseConv2d
+    norm: BatchNorm2d | None
+    act: Activation | None
+
+
+class ConvBlockFunction(torch.autograd.Function):
+    """Arguments: x, the block, the tensors that backward reads (`ops/conv_chain.py`; the first is x where it is kept
+    whole), whether it runs in channels_last, and three trained tensors per layer: weight, bias, shift."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        block: Block,
+        kept: list[Tensor | None],
+        channels_last: bool,
+        *trained: Tensor | None,
+    ) -> Tensor:
+        y, *made = conv_chain(x, block, channels_last)
+        ctx.save_for_backward(*kept, *made, *trained)
+        ctx.block, ctx.channels_last, ctx.counts = block, channels_last, (len(kept), len(kept) + len(made))
+        ctx.size = x.shape[2:]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order("SparseConv2d")
+        saved = ctx.saved_tensors
+        first, second = ctx.counts
+        found = iter(
+            conv_chain_dx(dy, saved[:first], saved[first:second], ctx.block, ctx.size, ctx.channels_last)
+        )
+        needs = ctx.needs_input_grad
+        return tuple([next(found) if need else None for need in needs])
+
+
+def run_steps(x: Tensor, steps: list[Step]) -> Tensor:
+    """Run convolutions that follow one another; they and their norms must be synchronised.
+
+    Args:
+        x: [N, C_in, H, W].
+    """
+    if not (serves(x) and all(_is_served(step, x.dtype) for step in steps)):
+        for conv, norm, act in steps:
+            x = conv.convolve(x, norm, act)
+        return x
+    recording = torch.is_grad_enabled()
+    needs_dx = recording and x.requires_grad
+    block = Block([], [], [])
+    kept: list[Tensor | None] = [None]
+    trained: list[Tensor | None] = []
+    for conv, norm, act in steps:
+        parts = conv.trained_tensors(norm)
+        wants = DX if needs_dx else 0
+        if recording:
+            for part, bit in zip(parts, (DW, DB, DSHIFT), strict=True):
+                if part is not None and part.requires_grad:
+                    wants |= bit
+        conv.describe(block, kept, norm, act, wants)
+        trained += parts
+        needs_dx = wants > 0
+    channels_last = runs_channels_last(x, block.tensors[0])  # type: ignore[arg-type]
+    if not needs_dx:
+        return conv_chain(x, block, channels_last)[0]
+    if block.numbers[12] & DW and block.tensors[2] is None:
+        kept[0] = x
+    y: Tensor = ConvBlockFunction.apply(x, block, kept, channels_last, *trained)
+    return y
+
+
+def _is_served(step: Step, dtype: torch.dtype) -> bool:
+    """Whether the native library knows the layer and its types."""
+    conv, norm, _ = step
+    own = conv._parameters
+    if not conv._numbers or any(p is not None and p.dtype is not dtype for p in own.values()):
+        return False
+    weight = own["weight"]
+    if not (weight.is_contiguous() or is_channels_last(weight)):  # type: ignore[union-attr, arg-type]
+        return False
+    if norm is None:
+        return True
+    vectors = (norm.running_mean, norm.running_var, *norm._parameters.values())
+    return all(v is None or (v.dtype is torch.float32 and v.is_contiguous()) for v in vectors)
