@@ -6,6 +6,7 @@
 // channels_last are matrix products; all others are PyTorch's convolution. Gradients between two layers belong to
 // nobody else, and are overwritten in place.
 #include <algorithm>
+#include <stdexcept>
 
 #include "cpu/conv_layer.h"
 #include "cpu/depthwise.h"
@@ -73,7 +74,6 @@ Tensor laid_out(const Tensor& x, bool channels_last) {
 Tensor run_depthwise(const Layer& layer, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                      Epilogue& epilogue) {
   const Ints size = layer.output_size({x.size(2), x.size(3)});
-  require(size[0] > 0 && size[1] > 0, "the kernel is larger than the padded image.");
   const Tensor y = empty_image({x.size(0), x.size(1), size[0], size[1]}, true, x);
   const DepthwiseCall call = depthwise_forward(y, x, weight, bias, layer.stride, layer.padding, layer.dilation);
   if (layer.act < 0) {
@@ -85,16 +85,30 @@ Tensor run_depthwise(const Layer& layer, const Tensor& x, const Tensor& weight, 
   return y;
 }
 
+// PyTorch's error for a kernel that is larger than its image, before PyTorch prints a stack of ours with it.
+void require_room(const std::vector<Layer>& layers, Ints size) {
+  for (const Layer& layer : layers) {
+    for (int64_t d = 0; d < 2; ++d)
+      if (layer.dilation[d] * (layer.kernel[d] - 1) >= size[d] + 2 * layer.padding[d])
+        throw std::runtime_error("Kernel size can't be greater than actual input size: a convolution has " +
+                                 std::to_string(layer.dilation[d] * (layer.kernel[d] - 1) + 1) + " taps over " +
+                                 std::to_string(size[d] + 2 * layer.padding[d]) + " padded pixels.");
+    size = layer.output_size(size);
+  }
+}
+
 // tensors, 7 per layer: weight, bias, keep, mean, variance, norm weight, norm bias. Returns y, then what backward needs
 // and does not have: per layer the input (of the first layer only its channels `keep`), flags, scale.
 std::vector<Tensor> conv_chain(Tensor x, Tensors tensors, Ints numbers, std::vector<double> values, bool channels_last) {
   const std::vector<Layer> layers = layers_of(numbers, values);
   require(tensors.size() == 7 * layers.size(), "every layer has seven tensors.");
+  require_room(layers, {x.size(2), x.size(3)});
   std::vector<Tensor> results(1, x);
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& layer = layers[i];
     const std::optional<Tensor>* t = &tensors[7 * i];
     require(t[0].has_value(), "every layer needs a weight.");
+    require(x.size(1) == t[0]->size(1) * layer.groups, "the input must have the channels of the weight.");
     if (layer.wants & kDw && (t[2] || i > 0)) results.push_back(t[2] ? take_channels(x, *t[2]) : x);
     Epilogue epilogue(t + 3, t[0]->size(0), layer.eps);
     if (layer.is_depthwise(x, *t[0])) {
@@ -104,7 +118,7 @@ std::vector<Tensor> conv_chain(Tensor x, Tensors tensors, Ints numbers, std::vec
       if (layer.act >= 0) apply(epilogue.on(x, layer));
     }
     if (epilogue.flags) results.push_back(*epilogue.flags);
-    if (epilogue.scale && layer.wants) results.push_back(*epilogue.scale);
+    if (epilogue.scale && layer.needs_scale()) results.push_back(*epilogue.scale);
   }
   results[0] = x;
   return results;
@@ -131,6 +145,14 @@ Tensor gradient_of_input(const Layer& layer, const Tensor& dy, const Tensor& w, 
               extra, layer.groups);
 }
 
+// The image x in another type, or x itself.
+Tensor in_type(const Tensor& x, int32_t dtype, bool channels_last) {
+  if (dtype_of(x) == dtype) return x;
+  Tensor copy = empty_strided(sizes_of(x), strides_of(sizes_of(x), channels_last), dtype);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
 Tensor gradient_of_weight(const Layer& layer, const Tensor& x, const Tensor& dy, const std::optional<Tensor>& rows,
                           bool last) {
   const int64_t k = rows ? rows->numel() : dy.size(1), c = x.size(1), kh = layer.kernel[0], kw = layer.kernel[1];
@@ -146,11 +168,16 @@ Tensor gradient_of_weight(const Layer& layer, const Tensor& x, const Tensor& dy,
     aten("aten::mm", "out", matrix(chosen, pixels_of(dy), k, true), matrix(x, pixels_of(dy), c), out);
     return dw;
   }
-  const Tensor like = empty_image({k, c, kh, kw}, last, x);
+  // torch 2.14 reads past the rows of a bfloat16 image narrower than the stride; such images are tiny.
+  const bool narrow = type_of(x) == Type::bf16 && x.size(3) < layer.stride[1];
+  const int32_t dtype = narrow ? aoti_torch_dtype_float32() : dtype_of(x);
+  const Tensor like = empty_strided({k, c, kh, kw}, strides_of({k, c, kh, kw}, last), dtype);
   const std::array<bool, 3> wanted{false, true, false};
-  return call_aten<3>("aten::convolution_backward", "", chosen, x, like, std::optional<Ints>(), layer.stride,
-                      layer.padding, layer.dilation, false, Ints{0, 0}, (int64_t)1,
-                      torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))[1];
+  const Tensor dw =
+      call_aten<3>("aten::convolution_backward", "", in_type(chosen, dtype, last), in_type(x, dtype, last), like,
+                   std::optional<Ints>(), layer.stride, layer.padding, layer.dilation, false, Ints{0, 0}, (int64_t)1,
+                   torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))[1];
+  return in_type(dw, dtype_of(x), last);
 }
 
 Tensor chosen_of(const Tensor& sums, const std::optional<Tensor>& rows) {
@@ -177,7 +204,7 @@ std::vector<Made> made_of(const std::vector<Layer>& layers, const std::vector<Te
   for (size_t i = 0; i < layers.size(); ++i) {
     if (layers[i].wants & kDw && (layers[i].keeps_channels || i > 0)) result[i].x = next();
     if (layers[i].has_flags()) result[i].flags = next();
-    if (norms[i] && layers[i].wants) result[i].scale = next();
+    if (norms[i] && layers[i].needs_scale()) result[i].scale = next();
   }
   return result;
 }
@@ -214,8 +241,7 @@ std::vector<Tensor> conv_chain_dx(Tensor dy, Tensors tensors, std::vector<Tensor
     if (layer.wants & kDw) {
       const std::optional<Tensor>& x = left[i].x ? left[i].x : tensors[0];
       require(x.has_value(), "the input of a layer is missing.");
-      results.push_back(gradient_of_weight(layer, laid_out(*x, channels_last), g, t[1],
-                                           channels_last));
+      results.push_back(gradient_of_weight(layer, laid_out(*x, channels_last), g, t[1], channels_last));
     }
     if (!(layer.wants & kDx)) break;
     require(t[0].has_value(), "the weight of a layer is missing.");

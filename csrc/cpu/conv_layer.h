@@ -34,6 +34,7 @@ struct Layer {
 
   bool keeps_channels;  // whether not all channels of the input are kept
   bool has_flags() const { return wants && act > 0; }
+  bool needs_scale() const { return wants & ~kDshift; }
 
   Ints output_size(const Ints& input) const {
     Ints size(2);

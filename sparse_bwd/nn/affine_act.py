@@ -259,6 +259,8 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
     def affine_act(self, x: Tensor, act: Activation, inplace: bool) -> Tensor:
         """The norm followed by an activation in one pass; only where `on_running_statistics`."""
         self._check_input_dim(x)
+        if x.shape[1] != self.num_features:
+            raise RuntimeError(f"This BatchNorm2d has {self.num_features} channels, its input {x.shape[1]}.")
         scale, shift = self.coefficients()
         slot = self._slots.get("bias")
         rows = None if slot is None else slot.index

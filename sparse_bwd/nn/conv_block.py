@@ -75,7 +75,7 @@ def run_steps(x: Tensor, steps: list[Step]) -> Tensor:
     Args:
         x: [N, C_in, H, W].
     """
-    if not (serves(x) and all(_is_served(step, x.dtype) for step in steps)):
+    if not (serves(x) and _are_served(steps, x)):
         for conv, norm, act in steps:
             x = conv.convolve(x, norm, act)
         return x
@@ -96,11 +96,22 @@ def run_steps(x: Tensor, steps: list[Step]) -> Tensor:
         needs_dx = wants > 0
     channels_last = runs_channels_last(x, block.tensors[0])  # type: ignore[arg-type]
     if not needs_dx:
-        return conv_chain(x, block, channels_last)[0]
+        with torch.no_grad():  # a full weight may have been asked for a gradient, which nobody computes
+            return conv_chain(x, block, channels_last)[0]
     if block.numbers[12] & DW and block.tensors[2] is None:
         kept[0] = x
     y: Tensor = ConvBlockFunction.apply(x, block, kept, channels_last, *trained)
     return y
+
+
+def _are_served(steps: list[Step], x: Tensor) -> bool:
+    """Whether the native library knows the layers and their types; where channels do not fit, PyTorch says so."""
+    channels = x.shape[1]
+    for step in steps:
+        if step.conv.in_channels != channels or not _is_served(step, x.dtype):
+            return False
+        channels = step.conv.out_channels
+    return True
 
 
 def _is_served(step: Step, dtype: torch.dtype) -> bool:
@@ -109,10 +120,14 @@ def _is_served(step: Step, dtype: torch.dtype) -> bool:
     own = conv._parameters
     if not conv._numbers or any(p is not None and p.dtype is not dtype for p in own.values()):
         return False
-    weight = own["weight"]
+    weight, bias = own["weight"], own["bias"]
     if not (weight.is_contiguous() or is_channels_last(weight)):  # type: ignore[union-attr, arg-type]
+        return False
+    if bias is not None and not bias.is_contiguous():
         return False
     if norm is None:
         return True
+    if norm.num_features != conv.out_channels:
+        return False
     vectors = (norm.running_mean, norm.running_var, *norm._parameters.values())
     return all(v is None or (v.dtype is torch.float32 and v.is_contiguous()) for v in vectors)
