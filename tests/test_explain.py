@@ -131,16 +131,6 @@ def test_norms_in_train_mode_are_named() -> None:
     assert {"stem.1", "depthwise.1", "norm"} <= set(dense)
 
 
-def test_reorders_are_listed_outside_channels_last() -> None:
-    model, x = converted(), torch.randn(4, 3, 12, 12)
-    plain = explain(model, x)
-    assert "grouped" in plain.reorders and min(plain.reorders.values()) > 0
-    assert "channels_last avoids it" in str(plain)
-    lean = model.to(memory_format=torch.channels_last)
-    last = explain(lean, x.contiguous(memory_format=torch.channels_last))
-    assert "grouped" not in last.reorders
-
-
 def test_table_and_json() -> None:
     explanation = explain(converted("train"), torch.randn(4, 3, 12, 12))
     text = str(explanation)

@@ -1,6 +1,7 @@
 """Where every byte goes: saved bytes, peak bytes, a timeline, prediction without computing, explanation."""
 
 from .explain import Explanation, Row, explain
+from .layouts import Layouts
 from .peak import Peak, peak_bytes, resident_bytes, step_peak
 from .predict import Prediction, predict
 from .saved import Kept, SavedTensors, saved_bytes, saved_storages
@@ -18,6 +19,7 @@ __all__ = [
     "explain",
     "Explanation",
     "Row",
+    "Layouts",
     "predict",
     "Prediction",
     "timeline",

@@ -12,15 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .advice import how_to_free, why_dense
+from .layouts import MIB, OUTSIDE, Layouts, WatchLayouts
 from .predict import call
-from .saved import Kept, SavedTensors, calling_modules
-from .scratch import scratch_bytes
-
-MIB = 2**20
-OUTSIDE = "(outside the model)"
+from .saved import Kept, SavedTensors
 
 
 @dataclass(frozen=True)
@@ -41,15 +37,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What is kept (`rows`, largest first), what stays dense and why, and what PyTorch reorders inside convolutions.
+    """What is kept (`rows`, largest first), what stays dense and why, and what the memory layout costs on CPU.
 
-    reorders: name -> bytes that the layer's convolution takes beside its result in forward because its input is not in
-    channels_last; they are in the peak, not in the saved bytes.
+    layouts: convolutions whose input or weight is not in channels_last, with the bytes that are reordered for it; they
+    are in the peak, not in the saved bytes.
     """
 
     rows: tuple[Row, ...]
     dense: Mapping[str, str]
-    reorders: Mapping[str, int]
+    layouts: Layouts
 
     @property
     def total(self) -> int:
@@ -62,7 +58,7 @@ class Explanation:
             "total": self.total,
             "rows": [asdict(row) for row in self.rows],
             "dense": dict(self.dense),
-            "reorders": dict(self.reorders),
+            "layouts": self.layouts.to_dict(),
         }
 
     def __str__(self) -> str:
@@ -72,14 +68,8 @@ class Explanation:
         )
         if self.dense:
             lines += ["", "stays dense:", *(f"  {name}: {reason}" for name, reason in self.dense.items())]
-        if self.reorders:
-            name = max(self.reorders, key=lambda key: self.reorders[key])
-            lines += [
-                "",
-                f"{len(self.reorders)} convolutions reorder their tensors inside, at most "
-                f"{self.reorders[name] / MIB:.2f} MiB in {name}; it is in the peak, and channels_last avoids it: "
-                "model.to(memory_format=torch.channels_last).",
-            ]
+        for finding in self.layouts.findings():
+            lines += ["", finding]
         return "\n".join(lines)
 
 
@@ -91,14 +81,14 @@ def explain(model: nn.Module, example: Any) -> Explanation:
         example: the model's input, or a tuple or mapping of inputs.
     """
     names = {module: name or "(model)" for name, module in model.named_modules()}
-    reorders = _Reorders(names)
-    with _unchanged(model), torch.enable_grad(), SavedTensors([model]) as saved, reorders:
+    watch = WatchLayouts(names)
+    with _unchanged(model), torch.enable_grad(), SavedTensors([model]) as saved, watch:
         output = call(model, example)
     kept = [storage for storage in saved.storages() if not storage.constant]
     rows = sorted((_row(storage, names) for storage in kept), key=lambda row: -row.nbytes)
     used = {chain[0] for storage in kept for chain in storage.keepers if chain}
     del output
-    return Explanation(tuple(rows), why_dense(model, used), reorders.found)
+    return Explanation(tuple(rows), why_dense(model, used), watch.layouts())
 
 
 @contextmanager
@@ -112,24 +102,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
-
-
-class _Reorders(TorchDispatchMode):
-    """Finds convolutions whose input is not in channels_last."""
-
-    def __init__(self, names: Mapping[nn.Module, str]) -> None:
-        super().__init__()
-        self.names = names
-        self.found: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        convolution = func is torch.ops.aten.convolution.default
-        if convolution and not args[0].is_contiguous(memory_format=torch.channels_last):
-            running = calling_modules(2)
-            name = self.names.get(running[0], OUTSIDE) if running else OUTSIDE
-            self.found[name] = max(self.found.get(name, 0), scratch_bytes(func, args, result))
-        return result
 
 
 def _row(kept: Kept, names: Mapping[nn.Module, str]) -> Row:
