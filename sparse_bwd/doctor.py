@@ -25,6 +25,7 @@ LIMITS = (
     "Native kernels serve dense float32 and bfloat16 tensors (on CUDA float16 too), conv2d_dw those of depthwise "
     "layers; plain PyTorch serves every other call."
 )
+BLOCKS = "one native call each on CPU; layer by layer in other types, with hooks and under torch.compile"
 
 
 def examine() -> dict[str, Any]:
@@ -39,7 +40,11 @@ def examine() -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
         },
         "tools": {"C++ compiler": _tool(_compiler()), "nvcc": _tool(_nvcc())},
-        "cpu": {"torch": torch.backends.cpu.get_cpu_capability(), "native": _native_instructions()},
+        "cpu": {
+            "torch": torch.backends.cpu.get_cpu_capability(),
+            "native": _native_instructions(),
+            "blocks": not backend.missing("cpu"),
+        },
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "libraries": {device: _library(device) for device in backend.DEVICES},
         "operators": [row._asdict() for row in backend.status()],
@@ -54,6 +59,7 @@ def render(found: dict[str, Any]) -> str:
     lines.append(
         f"{'CPU instructions':22}torch {cpu['torch']}, native kernels {cpu['native'] or 'not loaded'}"
     )
+    lines.append(f"{'conv-norm-act blocks':22}{BLOCKS if cpu['blocks'] else 'layer by layer'}")
     lines.append(f"{'GPU':22}{'; '.join(found['gpus']) or 'none'}")
     for device, library in found["libraries"].items():
         state = "loaded" if library["loaded"] else f"not loaded: {library['reason']}"

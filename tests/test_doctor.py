@@ -82,6 +82,19 @@ def test_no_instructions_are_named_where_no_kernels_are(monkeypatch: pytest.Monk
     assert "native kernels not loaded" in doctor.render(found)
 
 
+def test_blocks_are_told_where_the_native_library_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no row: their operators exist in the native library only."""
+    found, key = doctor.examine(), torch._C.DispatchKey.CPU
+    operators = [f"{backend.NATIVE}::{name}" for name in ("conv_chain", "conv_chain_dx")]
+    for name in operators:
+        there = name in torch._C._dispatch_get_all_op_names()
+        assert found["cpu"]["blocks"] is (there and torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
+    for reason, line in [("", doctor.BLOCKS), ("of a reason", "layer by layer")]:
+        monkeypatch.setitem(backend._missing, "cpu", reason)
+        monkeypatch.setattr(doctor, "_native_instructions", lambda: None)
+        assert f"conv-norm-act blocks  {line}" in doctor.render(doctor.examine()).splitlines()
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine with a GPU, a torch for CUDA 13.0, both compilers, and no library; tests take parts away."""
