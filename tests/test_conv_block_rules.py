@@ -217,26 +217,22 @@ def test_a_compact_parameter_may_be_frozen_by_hand(frozen: int) -> None:
     assert sum(g is None for g in results[0]) == 1
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_transforms_and_compiled_models_take_the_plain_way() -> None:
+    """torch.func differentiates what it differentiates once as if it came twice, which the layers refuse in words."""
     model, x = net(), image()
-    expected, pull = torch.func.vjp(model, x)
-    y = model(x.requires_grad_())
-    assert_same_bits(expected, y)
-    y.sum().backward()
-    with torch.no_grad():
-        assert_same_bits(pull(torch.ones_like(expected))[0], x.grad)
-    compiled = torch.compile(net(), backend="aot_eager")
-    again = image()
-    assert_same_bits(compiled(again).detach(), model(again).detach())
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.func.grad(lambda x: model(x).sum())(x)
+    results = []
+    for one in (torch.compile(net(), backend="aot_eager"), net()):
+        leaf = x.clone().requires_grad_()
+        y = one(leaf)
+        y.backward(gradient(y))
+        results.append([y.detach(), leaf.grad, *grads(one)])
+    assert_all_same(*results)
 
 
 def make_double(model: Any) -> None:
     model[0][1].double()
-
-
-def make_half(model: Any) -> None:
-    model[0][1].bfloat16()
 
 
 def leave_a_gap(model: Any) -> None:
@@ -249,7 +245,7 @@ def leave_a_gap_in_the_bias(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [make_double, make_half, leave_a_gap, leave_a_gap_in_the_bias], ids=lambda f: f.__name__
+    "change", [make_double, leave_a_gap, leave_a_gap_in_the_bias], ids=lambda f: f.__name__
 )
 def test_vectors_that_the_library_does_not_know_go_the_plain_way(change: Callable[[Any], None]) -> None:
     results = []

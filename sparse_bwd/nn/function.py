@@ -18,6 +18,7 @@ class Function(torch.autograd.Function):
     """
 
     _twin: type[torch.autograd.Function]
+    _split: type[torch.autograd.Function]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -32,19 +33,19 @@ class Function(torch.autograd.Function):
             if isinstance(output, tuple):
                 ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
 
-        cls.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
+        def kind(**functions: Any) -> type[torch.autograd.Function]:
+            parts = {name: staticmethod(function) for name, function in functions.items()}
+            return type(cls.__name__, (torch.autograd.Function,), parts)
 
-        cls._twin = type(
-            cls.__name__,
-            (torch.autograd.Function,),
-            {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)},
-        )
+        cls._twin = kind(forward=forward, backward=cls.backward)
+        # A class of its own: torch.compile does not follow super() into the `apply` of a Function.
+        cls._split = kind(forward=cls.forward, setup_context=setup_context, backward=cls.backward)
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Run forward and record backward; the first result."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            output = super().apply(*args)
+            output = cls._split.apply(*args)
             return output[0] if isinstance(output, tuple) else output
         return cls._twin.apply(*args)
 
