@@ -43,6 +43,8 @@ inline bool has_layout(const Tensor& x, bool channels_last) {
 // Whether channels are the fastest dimension of the 4-d tensor x (and NCHW order does not hold as well).
 inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && has_layout(x, true); }
 
+inline int64_t pixels_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
+
 inline Tensor empty_strided(const Ints& size, const Ints& strides, int32_t dtype) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), strides.data(), dtype,

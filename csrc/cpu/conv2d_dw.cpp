@@ -16,17 +16,24 @@ int64_t place(const Conv2dDw& p, int64_t j, int64_t i, int64_t tap) {
   return (tap * p.selected + j) * padded(p.per_in) + i;
 }
 
-// Adds the runs in their order and writes dw in the layout of x.
+// Adds the runs in their order to the first.
+void add_runs(std::vector<float>& partial, int64_t runs) {
+  const int64_t size = (int64_t)partial.size() / runs;
+  for (int64_t run = 1; run < runs; ++run) {
+    const float* from = partial.data() + run * size;
+    for (int64_t i = 0; i < size; ++i) partial[i] += from[i];
+  }
+}
+
+// Hands over dw in the layout of x.
 template <class Put>
-void collect(const Conv2dDw& p, const std::vector<float>& partial, int64_t runs, const Put& put) {
-  const int64_t taps = p.window.kh * p.window.kw, size = (int64_t)partial.size() / runs;
+void collect(const Conv2dDw& p, const std::vector<float>& sums, const Put& put) {
+  const int64_t taps = p.window.kh * p.window.kw;
   for (int64_t j = 0; j < p.selected; ++j)
     for (int64_t i = 0; i < p.per_in; ++i)
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        float total = 0.0f;
-        for (int64_t run = 0; run < runs; ++run) total += partial[run * size + place(p, j, i, tap)];
-        put(p.window.channels_last ? (j * taps + tap) * p.per_in + i : (j * p.per_in + i) * taps + tap, total);
-      }
+      for (int64_t tap = 0; tap < taps; ++tap)
+        put(p.window.channels_last ? (j * taps + tap) * p.per_in + i : (j * p.per_in + i) * taps + tap,
+            sums[place(p, j, i, tap)]);
 }
 
 uint16_t to_bf16(float value) {
@@ -53,8 +60,10 @@ void conv2d_dw(Tensor dw, Tensor x, Tensor dy, std::optional<Tensor> rows, Ints 
   require(x.size(1) == groups * p.per_in, "x must have the input channels of every group.");
   require(type_of(dy) == p.type && type_of(dw) == p.type, "x, dy and dw must have one type.");
   const int64_t lines = p.window.n * p.window.oh, taps = kernel[0] * kernel[1];
-  const int64_t size = channels_last ? taps * std::max(p.selected * padded(p.per_in), padded(p.selected))
-                                     : p.selected * p.per_in * taps;
+  const bool depthwise = p.per_in == 1 && p.selected == p.groups;
+  const int64_t size = !channels_last ? p.selected * p.per_in * taps
+                       : depthwise    ? taps * padded(p.selected)
+                                      : taps * p.selected * padded(p.per_in);
   // Runs of rows: as many as the shape can use, so that the bits do not depend on the threads.
   const int64_t runs = std::clamp<int64_t>(std::min<int64_t>(lines / 8, (int64_t{1} << 22) / std::max<int64_t>(size, 1)), 1, 16);
   const int64_t each = (lines + runs - 1) / runs;
@@ -63,12 +72,13 @@ void conv2d_dw(Tensor dw, Tensor x, Tensor dy, std::optional<Tensor> rows, Ints 
     for (int64_t run = begin; run < end; ++run)
       kernels().conv2d_dw(p, std::min(run * each, lines), std::min((run + 1) * each, lines), partial.data() + run * size);
   });
+  add_runs(partial, runs);
   if (p.type == Type::f32) {
     float* out = (float*)dw.mutable_data_ptr();
-    collect(p, partial, runs, [&](int64_t at, float value) { out[at] = value; });
+    collect(p, partial, [&](int64_t at, float value) { out[at] = value; });
   } else {
     uint16_t* out = (uint16_t*)dw.mutable_data_ptr();
-    collect(p, partial, runs, [&](int64_t at, float value) { out[at] = to_bf16(value); });
+    collect(p, partial, [&](int64_t at, float value) { out[at] = to_bf16(value); });
   }
 }
 

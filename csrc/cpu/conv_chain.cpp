@@ -11,6 +11,7 @@
 #include "cpu/conv_layer.h"
 #include "cpu/depthwise.h"
 #include "cpu/operators.h"
+#include "cpu/product.h"
 
 namespace sparse_bwd {
 namespace {
@@ -20,7 +21,6 @@ using Tensors = std::vector<std::optional<Tensor>>;
 // From about here on PyTorch's convolution runs a 1x1 kernel forward faster than a matrix product.
 constexpr int64_t kProductPixels = 2048;
 
-int64_t pixels_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 int64_t inner_of(const Tensor& y) { return is_channels_last(y) ? 1 : y.size(2) * y.size(3); }
 
 // What a convolution's output passes in place: coefficients, flags, and the call once the output is known.
@@ -161,13 +161,8 @@ Tensor gradient_of_weight(const Layer& layer, const Tensor& x, const Tensor& dy,
     conv2d_dw(dw, x, dy, rows, layer.stride, layer.padding, layer.dilation, layer.dw_groups, last);
     return dw;
   }
+  if (layer.is_product(dy)) return product_of_pixels(dy, rows, x);
   const Tensor chosen = rows ? take_channels(dy, *rows) : dy;
-  if (layer.is_product(dy)) {
-    const Tensor dw = empty_strided({k, c, 1, 1}, {c, 1, c, c}, dtype_of(x));
-    Tensor out = matrix(dw, k, c);
-    aten("aten::mm", "out", matrix(chosen, pixels_of(dy), k, true), matrix(x, pixels_of(dy), c), out);
-    return dw;
-  }
   // torch 2.14 reads past the rows of a bfloat16 image narrower than the stride; such images are tiny.
   const bool narrow = type_of(x) == Type::bf16 && x.size(3) < layer.stride[1];
   const int32_t dtype = narrow ? aoti_torch_dtype_float32() : dtype_of(x);

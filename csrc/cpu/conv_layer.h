@@ -61,28 +61,33 @@ inline std::vector<Layer> layers_of(const Ints& numbers, const std::vector<doubl
   return layers;
 }
 
+template <class T>
+void take_columns(T* to, const T* from, const int64_t* columns, int64_t count, int64_t width, int64_t rows) {
+  parallel(rows, count, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < count; ++j) to[i * count + j] = from[i * width + columns[j]];
+  });
+}
+
 // The channels `index` of x as a new tensor in the layout of x.
 inline Tensor take_channels(const Tensor& x, const Tensor& index) {
-  const int64_t k = index.numel(), c = x.size(1), element = x.element_size(), plane = x.size(2) * x.size(3);
+  const int64_t k = index.numel(), c = x.size(1), bytes = x.element_size(), plane = x.size(2) * x.size(3);
   const bool last = is_channels_last(x);
   const Tensor y = empty_image({x.size(0), k, x.size(2), x.size(3)}, last, x);
   const int64_t* rows = (const int64_t*)index.const_data_ptr();
-  const char* from = (const char*)x.const_data_ptr();
-  char* to = (char*)y.mutable_data_ptr();
+  const void* from = x.const_data_ptr();
+  void* to = y.mutable_data_ptr();
   if (!last) {
     parallel(x.size(0) * k, plane, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        std::memcpy(to + i * plane * element, from + (i / k * c + rows[i % k]) * plane * element, plane * element);
+        std::memcpy((char*)to + i * plane * bytes, (const char*)from + (i / k * c + rows[i % k]) * plane * bytes,
+                    plane * bytes);
     });
-    return y;
+  } else if (bytes == 4) {
+    take_columns((uint32_t*)to, (const uint32_t*)from, rows, k, c, x.size(0) * plane);
+  } else {
+    take_columns((uint16_t*)to, (const uint16_t*)from, rows, k, c, x.size(0) * plane);
   }
-  parallel(x.size(0) * plane, k, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j = 0; j < k; ++j) {
-        if (element == 4) std::memcpy(to + (i * k + j) * 4, from + (i * c + rows[j]) * 4, 4);
-        else std::memcpy(to + (i * k + j) * 2, from + (i * c + rows[j]) * 2, 2);
-      }
-  });
   return y;
 }
 

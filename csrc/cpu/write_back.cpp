@@ -42,6 +42,16 @@ void copy_column(const Slot& slot, int64_t to, int64_t from, int64_t taps, const
   for (int64_t t = 0; t < taps; ++t) slot.copy(to + t * full.tap, from + t * part.tap, 1);
 }
 
+// Single elements of many columns, row by row as memory lies.
+template <class T>
+void columns(const Slot& slot, int64_t rows, const Grid& full, const Grid& part) {
+  parallel(rows, slot.count, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o)
+      for (int64_t i = 0; i < slot.count; ++i)
+        ((T*)slot.full)[o * full.row + slot.channel(i) * full.column] = ((const T*)slot.part)[o * part.row + i * part.column];
+  });
+}
+
 // Writing outside the weight must be impossible, whatever the index holds.
 void check(const Tensor& full, const Tensor& part, const std::optional<Tensor>& index, int64_t dim, int64_t groups) {
   require(groups > 0 && full.size(0) % groups == 0, "the groups must divide the rows of the weight.");
@@ -78,6 +88,10 @@ void write(const Tensor& full, const Tensor& part, const std::optional<Tensor>& 
         copy_column(slot, to + c * f.column, i * block + c * s.column, taps, f, s);
     }
     return;
+  }
+  if (groups == 1 && taps == 1) {
+    if (slot.element == 4) return columns<uint32_t>(slot, per_out, f, s);
+    if (slot.element == 2) return columns<uint16_t>(slot, per_out, f, s);
   }
   for (int64_t i = 0; i < slot.count; ++i) {
     const int64_t c = slot.channel(i);

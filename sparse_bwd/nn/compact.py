@@ -7,6 +7,7 @@ selection, and no optimizer can move what is not selected.
     write back   trainable -> full   in every forward, and before `weight`, `state_dict` or a copy is read
     refresh      full -> trainable   after `load_state_dict`, an assignment, or an in-place edit of `weight`
 
+Of a layer that is trained whole both are one memory, and nothing is copied.
 The copy into the full tensor does not bump its version counter, so that a second forward may run before the first
 one's backward. Staleness is caught by saving the compact Parameter for backward as well (a Parameter: 0 bytes).
 """
@@ -113,13 +114,21 @@ class CompactLayer(nn.Module):
                 continue
             parameter = None
             if new is not None:
-                with torch.no_grad():
-                    parameter = nn.Parameter(read_slices(self._full(name), new.index, new.dim, new.groups))
+                parameter = self._compact_parameter(name, new)
             self._parameters[trainable] = parameter
         self._slots, self._synced = slots, {}
         self._record(slots)
 
     # Full and compact tensors
+
+    def _compact_parameter(self, name: str, slot: Slot) -> nn.Parameter:
+        """A new Parameter of the selected slices; in the memory of the full tensor where that has their shape."""
+        full = self._full(name)
+        whole = slot.index is None and (slot.dim == 0 or slot.groups == 1)
+        with torch.no_grad():
+            return nn.Parameter(
+                full.detach() if whole else read_slices(full, slot.index, slot.dim, slot.groups)
+            )
 
     def _full(self, name: str) -> Tensor:
         full = self._parameters[name]
@@ -238,6 +247,8 @@ def synchronise(layers: Iterable[CompactLayer]) -> None:
                     continue
                 if not same_full or not same_part:
                     layer._record([name])
+            if slot.index is None and not compiling and part.is_set_to(full):
+                continue  # one memory
             # .data has a version counter of its own: the write stays invisible to graphs that saved `full`.
             fulls.append(full.data)
             parts.append(part.data)

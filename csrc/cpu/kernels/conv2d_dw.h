@@ -54,24 +54,61 @@ inline f32v channels_of(const typename S::T* x, int64_t channel, int64_t channel
   return S::get(rest);
 }
 
-// Depthwise, channels_last: kLanes channels at once. partial [kh, kw, padded J].
-template <class S>
-void depthwise_pixels(const Conv2dDw& p, const Row& row, float* partial) {
+// Depthwise, channels_last: kPixels columns from q on, kVectors vectors of channels, all taps. Values of dy stay in
+// registers, memory is read in its order. partial [kh, kw, padded J]; kRest: fewer than kLanes channels are left.
+template <class S, int kVectors, int kPixels, bool kRest>
+inline void depthwise_dw_block(const Conv2dDw& p, const Row& row, const float* dy, int64_t width, int64_t q, int64_t c,
+                               float* partial) {
   const Window& g = p.window;
+  f32v d[kPixels][kVectors];
+  for (int i = 0; i < kPixels; ++i)
+    for (int v = 0; v < kVectors; ++v)
+      d[i][v] = kRest ? channels_of<F32>(dy + (q + i) * width, c, p.selected)
+                      : load<f32v>(dy + (q + i) * width + c + v * kLanes);
   for (int64_t a = 0; a < g.kh; ++a) {
     const int64_t line = row.p * g.sh - g.ph + a * g.dh;
     if (line < 0 || line >= g.h) continue;
     const typename S::T* x = (const typename S::T*)p.x + (row.image * g.h + line) * g.w * p.selected;
     for (int64_t b = 0; b < g.kw; ++b) {
-      const Columns columns(g, b);
-      for (int64_t j = 0; j < p.selected; j += kLanes) {
-        float* to = partial + (a * g.kw + b) * row.padded + j;
-        f32v sum = load<f32v>(to);
-        for (int64_t q = columns.first; q < columns.last; ++q)
-          sum += load<f32v>(row.dy.data() + q * row.padded + j) *
-                 channels_of<S>(x + (q * g.sw - g.pw + b * g.dw) * p.selected, j, p.selected);
-        __builtin_memcpy(to, &sum, sizeof(sum));
+      const int64_t column = q * g.sw - g.pw + b * g.dw;
+      if (kPixels == 1 && (column < 0 || column >= g.w)) continue;
+      const typename S::T* from = x + column * p.selected;
+      float* to = partial + (a * g.kw + b) * row.padded + c;
+      for (int v = 0; v < kVectors; ++v) {
+        f32v sum = load<f32v>(to + v * kLanes);
+        for (int i = 0; i < kPixels; ++i)
+          sum += d[i][v] * (kRest ? channels_of<S>(from + i * g.sw * p.selected, c, p.selected)
+                                  : S::get(from + i * g.sw * p.selected + c + v * kLanes));
+        __builtin_memcpy(to + v * kLanes, &sum, sizeof(sum));
       }
+    }
+  }
+}
+
+template <class S, int kPixels>
+void depthwise_dw_columns(const Conv2dDw& p, const Row& row, const float* dy, int64_t width, int64_t q,
+                          float* partial) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= p.selected; c += 2 * kLanes)
+    depthwise_dw_block<S, 2, kPixels, false>(p, row, dy, width, q, c, partial);
+  for (; c + kLanes <= p.selected; c += kLanes)
+    depthwise_dw_block<S, 1, kPixels, false>(p, row, dy, width, q, c, partial);
+  if (c < p.selected) depthwise_dw_block<S, 1, kPixels, true>(p, row, dy, width, q, c, partial);
+}
+
+// dy [OW, width] in float32
+template <class S>
+void depthwise_dw_row(const Conv2dDw& p, const Row& row, const float* dy, int64_t width, float* partial) {
+  const Window& g = p.window;
+  constexpr int kPixels = 4;
+  // the columns all of whose taps read inside the image
+  const int64_t first = Columns(g, 0).first, last = Columns(g, g.kw - 1).last;
+  for (int64_t q = 0; q < g.ow;) {
+    if (q >= first && q + kPixels <= last) {
+      depthwise_dw_columns<S, kPixels>(p, row, dy, width, q, partial);
+      q += kPixels;
+    } else {
+      depthwise_dw_columns<S, 1>(p, row, dy, width, q++, partial);
     }
   }
 }
@@ -173,9 +210,14 @@ void dw_rows(const Conv2dDw& p, int64_t begin, int64_t end, float* partial) {
       planes<S>(p, row, partial);
       continue;
     }
+    const bool depthwise = p.per_in == 1 && p.selected == p.groups;
+    if (depthwise && !p.rows && p.type == Type::f32) {
+      depthwise_dw_row<S>(p, row, (const float*)p.dy + at * g.ow * g.c, g.c, partial);
+      continue;
+    }
     gather_pixels<S>(p, row);
-    p.per_in == 1 && p.selected == p.groups ? depthwise_pixels<S>(p, row, partial)
-                                            : grouped_pixels<S>(p, row, partial);
+    if (depthwise) depthwise_dw_row<S>(p, row, row.dy.data(), row.padded, partial);
+    else grouped_pixels<S>(p, row, partial);
   }
 }
 
