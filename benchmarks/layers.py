@@ -174,6 +174,36 @@ def affine_ratios(rounds: int) -> dict[str, float]:
     return found
 
 
+def report_lines(layers: dict[str, dict[str, float]], affine: dict[str, float]) -> list[str]:
+    """Layers alone and affine_act, as sections of a Markdown page."""
+    found = {(layer, name): ratio for layer, row in layers.items() for name, ratio in row.items()}
+    over = {key: ratio for key, ratio in found.items() if ratio > GOAL}
+    return [
+        "",
+        "## Layers alone",
+        "",
+        f"Every distinct convolution and linear layer of {', '.join(NETWORKS)}, under several selections, against "
+        f"the faster stock layer (goal: at most {GOAL}): {len(found) - len(over)} of {len(found)} meet it, "
+        f"median {statistics.median(found.values()):.2f}. The others:",
+        "",
+        "| layer | selected | time / dense |",
+        "|---|---|--:|",
+        *(
+            f"| {layer} | {name} | {ratio:.2f} |"
+            for (layer, name), ratio in sorted(over.items(), key=lambda item: -item[1])
+        ),
+        "",
+        "## affine_act",
+        "",
+        f"Frozen norm and ReLU6 with flags into a new tensor, and its dx, beside a copy of the same bytes "
+        f"(goal: at most {AFFINE_GOAL}).",
+        "",
+        "| pass, shape, layout | time / copy |",
+        "|---|--:|",
+        *(f"| {name} | {ratio:.2f} |" for name, ratio in affine.items()),
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -25,12 +25,14 @@ def step_table(results: dict[str, Any]) -> str:
     """One row per case: dense in its faster layout beside ours in channels_last."""
     lines = [
         f"Forward + backward on {results['machine']['threads']} CPU threads, batch {results['batch']} at "
-        f"{results['size']}x{results['size']}, norms frozen; [step.md](benchmarks/results/step.md):",
+        f"{results['size']}x{results['size']}, norms frozen unless told; [step.md](benchmarks/results/step.md):",
         "",
         "| trained | saved MiB: dense | ours | peak MiB: dense | ours | time / dense |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for case in results["cases"].values():
+        if case["batch"] != results["batch"]:
+            continue
         found = case["variants"]
         dense = min(
             (found["dense_nchw"], found["dense_channels_last"]), key=lambda row: float(row["median_ms"])

@@ -1,8 +1,9 @@
 """The step harness: one training step of a network, dense and ours, measured side by side in one process.
 
-A step is forward, loss and backward on one fixed random batch; norms keep their statistics and dropout is off in every
-variant (the model is in eval mode). Times are taken in rounds, each round running every variant once, so that a change
-of the machine's speed hits all of them; what counts are ratios of medians within one run.
+A step is forward, loss and backward on one fixed random batch; dropout is off in every variant (the model is in eval
+mode), and norms keep their statistics unless the setting says "train". Times are taken in rounds, each round running
+every variant once, so that a change of the machine's speed hits all of them; what counts are ratios of medians within
+one run.
 """
 
 import statistics
@@ -34,6 +35,7 @@ class Setting:
     classes: int = 1000
     device: str = "cpu"
     seed: int = 0
+    batch_norm: str = "frozen"  # "train": statistics of the batch, scale and shift trained, in every variant
 
 
 @dataclass
@@ -87,7 +89,7 @@ def dense(setting: Setting, layout: str, last: int | None = None) -> Variant:
     """Plain PyTorch with norms frozen; with `last`, only that many convolutions (the last ones) and the head train."""
     model = build(setting)
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    frozen: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    frozen: list[nn.Module] = norms_of(model) if setting.batch_norm == "frozen" else []
     frozen += convolutions[: max(len(convolutions) - last, 0)] if last is not None else []
     for module in frozen:
         module.requires_grad_(False)
@@ -100,12 +102,19 @@ def ours(
 ) -> Variant:
     """The converted network with `fraction` of the channels of every convolution (or the `last` ones), head trained."""
     model = build(setting)
-    report = convert(model, batch_norm="frozen")
+    report = convert(model, batch_norm=setting.batch_norm)
     selection = share_of_channels(model, fraction, axis, last)
     apply(model, selection)
     heads = [model.get_submodule(name) for name in report.always_trained]
     trained = selected_weights(model, selection) + sum(p.numel() for head in heads for p in head.parameters())
+    if setting.batch_norm == "train":
+        trained += sum(p.numel() for norm in norms_of(model) for p in norm.parameters())
     return _variant(setting, model, layout, trained)
+
+
+def norms_of(model: nn.Module) -> list[nn.Module]:
+    """The batch norms of a model, converted or not."""
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def selected_weights(model: nn.Module, selection: Selection) -> int:
@@ -122,6 +131,8 @@ def _variant(setting: Setting, model: nn.Module, layout: str, trained: int) -> V
     x = torch.randn(setting.batch, 3, setting.size, setting.size, generator=generator).to(setting.device)
     y = torch.randint(setting.classes, (setting.batch,), generator=generator).to(setting.device)
     form = LAYOUTS[layout]
+    for norm in norms_of(model):
+        norm.train(setting.batch_norm == "train")
     return Variant(model.to(memory_format=form), x.contiguous(memory_format=form), y, trained)
 
 
