@@ -1,7 +1,6 @@
 """`explain` says what the memory layout of model and images costs on CPU, and is silent where it costs nothing."""
 
 import json
-import json
 from pathlib import Path
 
 import pytest

@@ -11,6 +11,22 @@ void copy_rows(T* to, const T* from, const int64_t* rows, int64_t count, int64_t
     for (int64_t j = 0; j < columns; ++j) to[i * columns + j] = from[(rows ? rows[i] : i) * row + j * column];
 }
 
+// The pixels of x that a 1x1 kernel with this stride reads, as an image of the size of dy; channels_last.
+inline Tensor strided_pixels(const Tensor& x, const Ints& stride, const Tensor& dy) {
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), oh = dy.size(2), ow = dy.size(3);
+  const int64_t bytes = c * x.element_size();
+  const Tensor y = empty_image({n, c, oh, ow}, true, x);
+  const char* from = (const char*)x.const_data_ptr();
+  char* to = (char*)y.mutable_data_ptr();
+  parallel(n * oh, ow * c, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t q = 0; q < ow; ++q)
+        std::memcpy(to + (row * ow + q) * bytes,
+                    from + ((row / oh * h + row % oh * stride[0]) * w + q * stride[1]) * bytes, bytes);
+  });
+  return y;
+}
+
 // dw [k, C, 1, 1] of the channels `rows` of dy, both in channels_last. The product is laid so that its shorter side
 // comes first (up to four times faster), and from half of the channels on all of them are multiplied and then chosen,
 // because gathering them would take longer.

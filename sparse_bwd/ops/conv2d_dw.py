@@ -87,6 +87,9 @@ def conv2d_dw_plain(
     geometry = Geometry(tuple(stride), tuple(padding), padding_mode, tuple(dilation), groups)  # type: ignore[arg-type]
     if geometry.is_product(size, x, dy):
         return linear_dw_plain(pixels(x), pixels(dy), rows, False)[0][:, :, None, None]
+    if geometry.is_strided_product(size, x, dy):
+        read = x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
+        return linear_dw_plain(pixels(read), pixels(dy), rows, False)[0][:, :, None, None]
     x = x if spread is None else take_channels(x, spread)
     dy = dy if rows is None else take_channels(dy, rows)
     per_group = x.shape[1] // groups

@@ -41,6 +41,14 @@ class Geometry(NamedTuple):
         plain = self.groups == 1 and self.stride == (1, 1) and not any(self.padding)
         return plain and size[-1] == size[-2] == 1 and all(t.is_cpu and is_channels_last(t) for t in tensors)
 
+    def is_strided_product(self, size: Sequence[int], x: Tensor, dy: Tensor) -> bool:
+        """Whether dw of a kernel of `size` is a product over the pixels that its stride reads.
+
+        torch 2.14 corrupts memory on CPU in the weight gradient of such layers in channels_last with few channels.
+        """
+        plain = self.groups == 1 and not any(self.padding) and size[-1] == size[-2] == 1
+        return plain and x.is_cpu and (is_channels_last(x) or is_channels_last(dy))
+
     @property
     def pads_outside(self) -> bool:
         """Whether the input must be padded before PyTorch's convolution sees it."""
