@@ -26,6 +26,7 @@ from sparse_bwd.measure.selections import evenly_spread
 from sparse_bwd.measure.shapes import trace
 from sparse_bwd.measure.step import LAYOUTS, Setting, build
 from sparse_bwd.nn import SparseConv2d, SparseLinear
+from sparse_bwd.ops.affine_act import affine_act, affine_act_dx
 
 NETWORKS = ("mobilenet_v2", "resnet18", "resnet50")
 FRACTIONS = (0.0, 0.1, 0.5, 1.0)  # 0: a single channel
@@ -152,21 +153,20 @@ def layer_ratios(
     return found
 
 
+@torch.no_grad()
 def affine_ratios(rounds: int) -> dict[str, float]:
     """`affine_act` (frozen norm + ReLU6 with flags, into a new tensor, and its dx) over copies of the same bytes."""
-    operators, found = torch.ops.sparse_bwd, {}
+    found = {}
     for shape in ((16, 96, 64, 64), (16, 144, 32, 32), (16, 384, 8, 8)):
         for layout, form in LAYOUTS.items():
             x, dy = (torch.randn(shape).contiguous(memory_format=form) for _ in range(2))
             scale, shift = torch.rand(shape[1]), torch.rand(shape[1])
-            flags = operators.affine_act.default(x, scale, shift, "hardtanh", 0.0, 6.0, True)[1]
+            flags = affine_act(x, scale, shift, "hardtanh", 0.0, 6.0, True)[1]
             strides = x.stride()
             steps: dict[str, Callable[[], object]] = {
                 "copy": x.clone,
-                "forward": partial(operators.affine_act.default, x, scale, shift, "hardtanh", 0.0, 6.0, True),
-                "backward": partial(
-                    operators.affine_act_dx.default, dy, scale, flags, "hardtanh", 0.0, strides, False
-                ),
+                "forward": partial(affine_act, x, scale, shift, "hardtanh", 0.0, 6.0, True),
+                "backward": partial(affine_act_dx, dy, scale, flags, "hardtanh", 0.0, strides, False),
             }
             taken = medians(steps, 10 * rounds)
             for name in ("forward", "backward"):

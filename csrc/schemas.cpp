@@ -21,6 +21,8 @@ STABLE_TORCH_LIBRARY(sparse_bwd_native, m) {
   // for dw [J, I, kh, kw]; rows absent = all; x, dy and dw in NCHW or all in channels_last
   m.def("conv2d_dw(Tensor(a!) dw, Tensor x, Tensor dy, Tensor? rows, int[] stride, int[] padding, int[] dilation, "
         "int groups, bool channels_last) -> ()");
+  // dw[j, i] = sum over m of dy[m, rows[j]] x[m, i]; rows absent = all (CPU only, allocates its result)
+  m.def("linear_dw(Tensor x, Tensor dy, Tensor? rows) -> Tensor");
   // offset = a kw + b of the maximum of each window; a NaN wins
   m.def("max_pool2d(Tensor(a!) y, Tensor(b!) offset, Tensor x, int[] kernel, int[] stride, int[] padding, "
         "int[] dilation, bool channels_last) -> ()");

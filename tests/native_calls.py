@@ -80,6 +80,11 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Iterator[C
                 kept, dy, None, rows, None, [count, 1, taps, taps], [1, 1], [taps - 1] * 4, "zeros", [1, 1], count,
                 False,
             )  # fmt: skip
+    # Few channels, which our kernel multiplies: the bits of PyTorch's product depend on the number of threads.
+    pixels, thin, wide = n * h * w, min(c, 16), c + 5
+    for rows in (None, torch.arange(0, wide, 3)):
+        given, dy = (integers(pixels, size, largest=1, dtype=dtype) for size in (thin, wide))
+        yield "linear_dw", (given, dy, rows, False)
     yield "response", (x(*shape), x(*shape))
     yield "norm_affine", (shift, scale.abs() + 1, scale, None, 0.0)
     yield (

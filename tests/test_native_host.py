@@ -61,6 +61,10 @@ BROKEN = {
         "int64_t c = (int)begin % p.channels",
     ),
     "a column too many": ("conv2d_dw.h", "if (last > g.ow) last = g.ow;", ""),
+    "a tap that reads outside": ("conv2d_dw.h", "q < columns[b].first || ", ""),
+    "taps of another column": ("depthwise.h", "if (p.columns.alike[q]) {", "if (q + 3 < p.out_w) {"),
+    "a pixel of another line": ("linear_dw.h", "line % p.oh * p.sh", "line % p.oh"),
+    "a run too few": ("linear_dw.h", "first ? sum[r][v] :", "true ? sum[r][v] :"),
     "the last of equal values": ("max_pool2d.h", "(v > best) | (v != v)", "(v >= best) | (v != v)"),
     "another product": ("response.h", "now[half] += x * x", "now[half] += x * y"),
 }

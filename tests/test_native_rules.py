@@ -200,13 +200,6 @@ def test_tensors_with_gaps_go_to_plain_pytorch(layout: str) -> None:
     assert {"affine_act", "max_pool2d", "response"} <= set(refused)
 
 
-@needs_native
-def test_an_operator_without_native_kernels_is_left_alone() -> None:
-    x, dy = integers(4, 3), integers(4, 2)
-    with forced("native"):
-        assert_same_bits(OPS.linear_dw(x, dy, None, False)[0], dy.t() @ x)
-
-
 VECTORS = [torch.randn(3).double(), torch.randn(3).bfloat16(), torch.randn(6)[::2]]
 
 

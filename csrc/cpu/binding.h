@@ -26,6 +26,14 @@ inline Type type_of(const Tensor& x) {
   return Type::bf16;
 }
 
+// to nearest, ties to even; NaN stays NaN
+inline uint16_t to_bf16(float value) {
+  uint32_t word;
+  __builtin_memcpy(&word, &value, sizeof(word));
+  if (value != value) return 0x7fc0;
+  return (uint16_t)((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+}
+
 inline uint8_t* bytes_of(const Tensor& x) { return (uint8_t*)x.mutable_data_ptr(); }
 
 // Windows over x [N, C, H, W] whose results are [N, C, OH, OW].

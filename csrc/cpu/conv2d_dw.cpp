@@ -8,14 +8,6 @@ namespace {
 
 int64_t padded(int64_t count) { return (count + kWidth - 1) / kWidth * kWidth; }
 
-// Where dw[j, i, tap] stands in a partial result, as kernels.h describes it.
-int64_t place(const Conv2dDw& p, int64_t j, int64_t i, int64_t tap) {
-  const int64_t taps = p.window.kh * p.window.kw;
-  if (!p.window.channels_last) return (j * p.per_in + i) * taps + tap;
-  if (p.per_in == 1 && p.selected == p.groups) return tap * padded(p.selected) + j;
-  return (tap * p.selected + j) * padded(p.per_in) + i;
-}
-
 // Adds the runs in their order to the first.
 void add_runs(std::vector<float>& partial, int64_t runs) {
   const int64_t size = (int64_t)partial.size() / runs;
@@ -25,22 +17,18 @@ void add_runs(std::vector<float>& partial, int64_t runs) {
   }
 }
 
-// Hands over dw in the layout of x.
-template <class Put>
-void collect(const Conv2dDw& p, const std::vector<float>& sums, const Put& put) {
-  const int64_t taps = p.window.kh * p.window.kw;
+// Hands over dw in the layout of x; a partial result is laid out as kernels.h describes it.
+template <class T, class Convert>
+void collect(const Conv2dDw& p, const float* sums, T* dw, const Convert& convert) {
+  const int64_t taps = p.window.kh * p.window.kw, per_in = p.per_in;
+  const bool last = p.window.channels_last, depthwise = per_in == 1 && p.selected == p.groups;
+  const int64_t of_tap = !last ? 1 : depthwise ? padded(p.selected) : p.selected * padded(per_in);
+  const int64_t of_row = !last ? per_in * taps : depthwise ? 1 : padded(per_in), of_input = last ? 1 : taps;
   for (int64_t j = 0; j < p.selected; ++j)
-    for (int64_t i = 0; i < p.per_in; ++i)
+    for (int64_t i = 0; i < per_in; ++i)
       for (int64_t tap = 0; tap < taps; ++tap)
-        put(p.window.channels_last ? (j * taps + tap) * p.per_in + i : (j * p.per_in + i) * taps + tap,
-            sums[place(p, j, i, tap)]);
-}
-
-uint16_t to_bf16(float value) {
-  uint32_t word;
-  __builtin_memcpy(&word, &value, sizeof(word));
-  if (value != value) return 0x7fc0;
-  return (uint16_t)((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+        dw[last ? (j * taps + tap) * per_in + i : (j * per_in + i) * taps + tap] =
+            convert(sums[tap * of_tap + j * of_row + i * of_input]);
 }
 
 }  // namespace
@@ -73,13 +61,10 @@ void conv2d_dw(Tensor dw, Tensor x, Tensor dy, std::optional<Tensor> rows, Ints 
       kernels().conv2d_dw(p, std::min(run * each, lines), std::min((run + 1) * each, lines), partial.data() + run * size);
   });
   add_runs(partial, runs);
-  if (p.type == Type::f32) {
-    float* out = (float*)dw.mutable_data_ptr();
-    collect(p, partial, [&](int64_t at, float value) { out[at] = value; });
-  } else {
-    uint16_t* out = (uint16_t*)dw.mutable_data_ptr();
-    collect(p, partial, [&](int64_t at, float value) { out[at] = to_bf16(value); });
-  }
+  if (p.type == Type::f32)
+    collect(p, partial.data(), (float*)dw.mutable_data_ptr(), [](float value) { return value; });
+  else
+    collect(p, partial.data(), (uint16_t*)dw.mutable_data_ptr(), to_bf16);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_bwd_native, CPU, m) { m.impl("conv2d_dw", TORCH_BOX(&conv2d_dw)); }

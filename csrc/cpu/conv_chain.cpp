@@ -10,16 +10,16 @@
 
 #include "cpu/conv_layer.h"
 #include "cpu/depthwise.h"
+#include "cpu/linear_dw.h"
 #include "cpu/operators.h"
-#include "cpu/product.h"
 
 namespace sparse_bwd {
 namespace {
 
 using Tensors = std::vector<std::optional<Tensor>>;
 
-// From about here on PyTorch's convolution runs a 1x1 kernel forward faster than a matrix product.
-constexpr int64_t kProductPixels = 2048;
+// Beyond this PyTorch's convolution runs a 1x1 kernel, forward or dx, faster than a matrix product.
+constexpr int64_t kProductPixels = 2048, kProductPixelsDx = 4096;
 
 int64_t inner_of(const Tensor& y) { return is_channels_last(y) ? 1 : y.size(2) * y.size(3); }
 
@@ -126,7 +126,7 @@ std::vector<Tensor> conv_chain(Tensor x, Tensors tensors, Ints numbers, std::vec
 
 Tensor gradient_of_input(const Layer& layer, const Tensor& dy, const Tensor& w, const Ints& image) {
   const Ints size{dy.size(0), w.size(1) * layer.groups, image[0], image[1]};
-  if (layer.is_product(dy)) {
+  if (layer.is_product(dy) && pixels_of(dy) <= kProductPixelsDx) {
     const Tensor dx = empty_image(size, true, dy);
     Tensor out = matrix(dx, pixels_of(dy), w.size(1));
     aten("aten::mm", "out", matrix(dy, pixels_of(dy), w.size(0)), matrix(w, w.size(0), w.size(1)), out);
@@ -161,20 +161,19 @@ Tensor gradient_of_weight(const Layer& layer, const Tensor& x, const Tensor& dy,
     conv2d_dw(dw, x, dy, rows, layer.stride, layer.padding, layer.dilation, layer.dw_groups, last);
     return dw;
   }
-  if (layer.is_product(dy)) return product_of_pixels(dy, rows, x);
   // Also where it strides: torch 2.14 corrupts memory in the weight gradient of such layers with few input channels.
-  if (last && layer.kernel == Ints{1, 1} && layer.padding == Ints{0, 0})
-    return product_of_pixels(dy, rows, strided_pixels(x, layer.stride, dy));
+  if (last && layer.kernel == Ints{1, 1} && layer.padding == Ints{0, 0}) {
+    LinearDw p = LinearDw::of_rows(pixels_of(dy), c, dy.size(1));
+    p.h = x.size(2), p.w = x.size(3), p.oh = dy.size(2), p.ow = dy.size(3), p.sh = layer.stride[0], p.sw = layer.stride[1];
+    return linear_dw(x, dy, rows, p);
+  }
   const Tensor chosen = rows ? take_channels(dy, *rows) : dy;
   // torch 2.14 reads past the rows of a bfloat16 image narrower than the stride; such images are tiny.
   const bool narrow = type_of(x) == Type::bf16 && x.size(3) < layer.stride[1];
   const int32_t dtype = narrow ? aoti_torch_dtype_float32() : dtype_of(x);
   const Tensor like = empty_strided({k, c, kh, kw}, strides_of({k, c, kh, kw}, last), dtype);
-  const std::array<bool, 3> wanted{false, true, false};
-  const Tensor dw =
-      call_aten<3>("aten::convolution_backward", "", in_type(chosen, dtype, last), in_type(x, dtype, last), like,
-                   std::optional<Ints>(), layer.stride, layer.padding, layer.dilation, false, Ints{0, 0}, (int64_t)1,
-                   torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))[1];
+  const Tensor dw = conv_dw(in_type(chosen, dtype, last), in_type(x, dtype, last), like, layer.stride, layer.padding,
+                            layer.dilation);
   return in_type(dw, dtype_of(x), last);
 }
 

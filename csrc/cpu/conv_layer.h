@@ -69,6 +69,24 @@ void take_columns(T* to, const T* from, const int64_t* columns, int64_t count, i
   });
 }
 
+// The columns of a matrix [rows, width] as a new one.
+inline Tensor taken_columns(const Tensor& x, const int64_t* columns, int64_t count, int64_t rows, int64_t width) {
+  const Tensor y = empty_strided({rows, count}, {count, 1}, dtype_of(x));
+  if (x.element_size() == 4)
+    take_columns((uint32_t*)y.mutable_data_ptr(), (const uint32_t*)x.const_data_ptr(), columns, count, width, rows);
+  else
+    take_columns((uint16_t*)y.mutable_data_ptr(), (const uint16_t*)x.const_data_ptr(), columns, count, width, rows);
+  return y;
+}
+
+// PyTorch's weight gradient of a convolution in one group; `like` has the shape of the weight.
+inline Tensor conv_dw(const Tensor& dy, const Tensor& x, const Tensor& like, const Ints& stride, const Ints& padding,
+                      const Ints& dilation) {
+  const std::array<bool, 3> wanted{false, true, false};
+  return call_aten<3>("aten::convolution_backward", "", dy, x, like, std::optional<Ints>(), stride, padding, dilation,
+                      false, Ints{0, 0}, (int64_t)1, torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), 3))[1];
+}
+
 // The channels `index` of x as a new tensor in the layout of x.
 inline Tensor take_channels(const Tensor& x, const Tensor& index) {
   const int64_t k = index.numel(), c = x.size(1), bytes = x.element_size(), plane = x.size(2) * x.size(3);

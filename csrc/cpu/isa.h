@@ -1,8 +1,10 @@
 // What the files isa_*.cpp share: the headers that the kernels use, and the definition of their table.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -15,4 +17,4 @@ namespace portable { extern const Kernels kTable; }
 
 #define SPARSE_BWD_TABLE(name)                                                                        \
   const Kernels kTable = {name,       affine_act,    affine_act_dx, affine_act_dx_sum,                 \
-                          max_pool2d, max_pool2d_dx, conv2d_dw,     depthwise,         response};
+                          max_pool2d, max_pool2d_dx, conv2d_dw,     linear_dw,         depthwise, response};

@@ -1,7 +1,7 @@
 // The torch-free kernels of the CPU: parameter structs, and one table of functions per instruction set.
 //
 // Every function works on a range of its outermost unit (elements, planes, rows ...), so that the caller may cut the
-// work anywhere it says; results never depend on where it was cut.
+// work anywhere it says. Results do not depend on where it was cut, but for the rounding of what is summed over the range.
 #pragma once
 
 #include <cstdint>
@@ -54,6 +54,21 @@ struct Conv2dDw {
   Type type;
 };
 
+// dw[j, i] of linear layers and 1x1 convolutions: x of one pixel of dy stands at the pixel (p sh, q sw) of its image.
+struct LinearDw {
+  const void* x;         // [N, H, W, I]; a linear layer: N = H = 1, W its samples
+  const void* dy;        // [N, OH, OW, C]
+  const int64_t* rows;   // J channels of dy; null = all
+  int64_t selected, c_in, c_out, pixels;
+  int64_t h, w, oh, ow, sh, sw;
+  Type type;
+
+  // x [rows, I], dy [rows, C]; pointers, rows and type are left to the caller
+  static LinearDw of_rows(int64_t rows, int64_t c_in, int64_t c_out) {
+    return {nullptr, nullptr, nullptr, c_out, c_in, c_out, rows, 1, rows, 1, rows, 1, 1, Type::f32};
+  }
+};
+
 // Which taps of the kernel an output row (or column) has, and which input row (or column) each of them reads.
 struct Taps {
   struct Tap {
@@ -102,6 +117,8 @@ struct Kernels {
   // output rows [begin, end) of N OH are summed into partial: [J, I, kh, kw] (NCHW); [kh, kw, J] (depthwise) or
   // [kh, kw, J, I] (grouped) with the last dimension rounded up to kWidth (channels_last)
   void (*conv2d_dw)(const Conv2dDw&, int64_t begin, int64_t end, float* partial);
+  // pixels [begin, end) of dy, rows [row, last) of dw, written to out [J, I]
+  void (*linear_dw)(const LinearDw&, int64_t begin, int64_t end, int64_t row, int64_t last, float* out);
   // output rows [begin, end) of N OH
   void (*depthwise)(const Depthwise&, int64_t begin, int64_t end);
   // samples x channel blocks [begin, end) of N ceil(C / kWidth)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from sparse_bwd.nn.compact import CompactLayer, Slot
 from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.nn.index import as_index
+from sparse_bwd.ops import affine_act as operators
 from sparse_bwd.ops.layout import dense_strides, is_channels_last
+from sparse_bwd.ops.norm_affine import norm_affine
 
 
 class Activation(NamedTuple):
@@ -49,8 +51,8 @@ class AffineActFunction(Function):
         # callers take this path only where a gradient is needed.
         arguments = (scale, shift, act.kind, act.low, act.high, True)
         if inplace:
-            return x, torch.ops.sparse_bwd.affine_act_.default(x, *arguments)
-        y, mask = torch.ops.sparse_bwd.affine_act.default(x, *arguments)
+            return x, operators.affine_act_(x, *arguments)
+        y, mask = operators.affine_act(x, *arguments)
         return y, mask
 
     @staticmethod
@@ -73,7 +75,7 @@ class AffineActFunction(Function):
         refuse_second_order("A frozen norm or a lean activation")
         scale, mask, part_shift, shift_rows = ctx.saved_tensors
         needs_dshift = ctx.needs_input_grad[3]
-        dx, dshift = torch.ops.sparse_bwd.affine_act_dx.default(
+        dx, dshift = operators.affine_act_dx(
             dy, scale, mask, ctx.act.kind, ctx.act.low, ctx.strides, needs_dshift
         )
         if needs_dshift:
@@ -117,9 +119,9 @@ def affine_act(
         return x.copy_(y) if view else y
     arguments = (scale, shift, act.kind, act.low, act.high, False)
     if inplace:
-        torch.ops.sparse_bwd.affine_act_.default(x, *arguments)
+        operators.affine_act_(x, *arguments)
         return x
-    return torch.ops.sparse_bwd.affine_act.default(x, *arguments)[0]  # type: ignore[no-any-return]
+    return operators.affine_act(x, *arguments)[0]  # type: ignore[no-any-return]
 
 
 class LeanActivation(nn.Module):
@@ -246,7 +248,7 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
         assert self.running_mean is not None and self.running_var is not None
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         with torch.no_grad():
-            pair: tuple[Tensor, Tensor] = torch.ops.sparse_bwd.norm_affine.default(
+            pair: tuple[Tensor, Tensor] = norm_affine(
                 self.running_mean, self.running_var, weight, bias, self.eps
             )
         return pair

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from sparse_bwd.nn.conv_block import Step, run_steps
 from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.nn.index import Move, as_index, mover
 from sparse_bwd.nn.linear import autocast_input, check_words, place_selection
-from sparse_bwd.ops.conv2d_dw import Plan, kept_input, make_plan
+from sparse_bwd.ops.conv2d_dw import Plan, conv2d_dw, kept_input, make_plan
 from sparse_bwd.ops.conv_chain import DB, DSHIFT, DW, DX, Block, activation_code, geometry_numbers
 from sparse_bwd.ops.linear_dw import bias_gradient
 from sparse_bwd.ops.padding import Geometry, conv2d_dx, pad
@@ -77,7 +76,7 @@ class Conv2dFunction(Function):
         if ctx.needs_input_grad[0]:
             dx = conv2d_dx(dy, weight.to(dy.dtype), ctx.shape, g)
         if ctx.needs_input_grad[3]:
-            dw = torch.ops.sparse_bwd.conv2d_dw.default(
+            dw = conv2d_dw(
                 x,
                 dy,
                 spread,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparse_bwd.nn.compact import CompactLayer, Slot
 from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.nn.index import as_index
-from sparse_bwd.ops.linear_dw import bias_gradient
+from sparse_bwd.ops.linear_dw import bias_gradient, linear_dw
 
 
 class LinearFunction(Function):
@@ -69,7 +69,7 @@ class LinearFunction(Function):
             dx = dy.matmul(weight.to(dy.dtype))
         if ctx.needs_input_grad[3]:
             both = ctx.needs_input_grad[4] and ctx.same_rows
-            dw, db = torch.ops.sparse_bwd.linear_dw.default(x, dy, rows, both)
+            dw, db = linear_dw(x, dy, rows, both)
             dw = dw.to(ctx.dtypes[0])
             db = db if both else None
         if ctx.needs_input_grad[4]:

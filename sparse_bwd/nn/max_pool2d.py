@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from sparse_bwd.nn.function import Function, refuse_second_order
+from sparse_bwd.ops.max_pool2d import max_pool2d, max_pool2d_dx
 
 
 class MaxPool2dFunction(Function):
@@ -16,7 +17,7 @@ class MaxPool2dFunction(Function):
 
     @staticmethod
     def forward(x: Tensor, window: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        y, offset = torch.ops.sparse_bwd.max_pool2d.default(x, *window)
+        y, offset = max_pool2d(x, *window)
         return y, offset
 
     @staticmethod
@@ -29,7 +30,7 @@ class MaxPool2dFunction(Function):
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, None]:
         refuse_second_order("MaxPool2d")
         (offset,) = ctx.saved_tensors
-        return torch.ops.sparse_bwd.max_pool2d_dx.default(dy, offset, ctx.shape, *ctx.window), None
+        return max_pool2d_dx(dy, offset, ctx.shape, *ctx.window), None
 
 
 class MaxPool2d(nn.MaxPool2d):

@@ -264,16 +264,16 @@ def _fake_dx(dy, scale, mask, act, slope, strides, shift_gradient):  # type: ign
 
 
 _ARGUMENTS = "Tensor? scale, Tensor? shift, str act, float low, float high, bool keep"
-register(
+affine_act = register(
     f"affine_act(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)", affine_act_plain, _fake, affine_act_native
 )
-register(
+affine_act_ = register(
     f"affine_act_(Tensor(a!) x, {_ARGUMENTS}) -> Tensor",
     affine_act_inplace_plain,
     _fake_inplace,
     affine_act_inplace_native,
 )
-register(
+affine_act_dx = register(
     "affine_act_dx(Tensor dy, Tensor? scale, Tensor? mask, str act, float slope, SymInt[] strides, "
     "bool shift_gradient) -> (Tensor, Tensor)",
     affine_act_dx_plain,

@@ -28,7 +28,7 @@ VARIABLE = "SPARSE_BWD_NATIVE"
 DEVICES = ("cpu", "cuda")
 # What a native library must hold; one that was built from other sources may lack some of it.
 KERNELS = ("affine_act", "affine_act_dx", "conv2d_dw", "max_pool2d", "max_pool2d_dx", "response")
-CPU_KERNELS = ("conv_chain", "conv_chain_dx", "norm_affine", "write_back")
+CPU_KERNELS = ("conv_chain", "conv_chain_dx", "linear_dw", "norm_affine", "write_back")
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _served: dict[str, tuple[str, ...]] = {}
@@ -121,8 +121,11 @@ def register(
     fake: Callable[..., Any],
     native: Callable[..., Any] | None = None,
     devices: tuple[str, ...] = DEVICES,
-) -> None:
-    """Define `sparse_bwd::<schema>`.
+) -> Callable[..., Any]:
+    """Define `sparse_bwd::<schema>`, and return the function that calls it.
+
+    That function goes straight to the native library where nobody watches operators: a call of an operator that is
+    defined in Python takes tens of microseconds, more than a small layer.
 
     Args:
         schema: name, arguments and results in PyTorch's schema language.
@@ -139,6 +142,19 @@ def register(
         if native is not None and not _missing[device]:
             _library.impl(name, _choosing(name, plain, native), device.upper())
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if native is None or "cpu" not in devices or _missing["cpu"]:
+        return operator
+    quick = native
+
+    def call(x: Tensor, *args: Any) -> Any:
+        if direct(x) and not torch.is_grad_enabled():
+            result = quick(x, *args)
+            if result is not NotImplemented:
+                return result
+        return operator(x, *args)
+
+    return call
 
 
 def _choosing(name: str, plain: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:

@@ -153,7 +153,7 @@ def _fake(x, dy, spread, rows, pick, size, stride, padding, padding_mode, dilati
     return torch.empty(tuple(size), dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
-register(
+conv2d_dw = register(
     "conv2d_dw(Tensor x, Tensor dy, Tensor? spread, Tensor? rows, Tensor? pick, SymInt[] size, int[] stride, "
     "int[] padding, str padding_mode, int[] dilation, int groups, bool regroup) -> Tensor",
     conv2d_dw_plain,

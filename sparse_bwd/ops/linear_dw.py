@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparse_bwd.ops.backend import register
+from sparse_bwd.ops.backend import known, native, register
 
 
 def linear_dw_plain(x: Tensor, dy: Tensor, rows: Tensor | None, bias: bool) -> tuple[Tensor, Tensor]:
@@ -19,13 +19,25 @@ def linear_dw_plain(x: Tensor, dy: Tensor, rows: Tensor | None, bias: bool) -> t
     return selected.t() @ x2, selected.sum(0) if bias else dy.new_empty(0)
 
 
+def linear_dw_native(x: Tensor, dy: Tensor, rows: Tensor | None, bias: bool) -> tuple[Tensor, Tensor]:
+    if not known(x) or x.numel() == 0 or dy.numel() == 0 or (rows is not None and rows.numel() == 0):
+        return NotImplemented
+    x2, dy2 = x.reshape(-1, x.shape[-1]).contiguous(), dy.reshape(-1, dy.shape[-1]).contiguous()
+    db = bias_gradient(dy2, rows, 1) if bias else dy.new_empty(0)
+    return native("linear_dw")(x2, dy2, rows), db
+
+
 def _fake(x: Tensor, dy: Tensor, rows: Tensor | None, bias: bool) -> tuple[Tensor, Tensor]:
     k = dy.shape[-1] if rows is None else rows.numel()
     return x.new_empty(k, x.shape[-1]), dy.new_empty(k if bias else 0)
 
 
-register(
-    "linear_dw(Tensor x, Tensor dy, Tensor? rows, bool bias) -> (Tensor, Tensor)", linear_dw_plain, _fake
+linear_dw = register(
+    "linear_dw(Tensor x, Tensor dy, Tensor? rows, bool bias) -> (Tensor, Tensor)",
+    linear_dw_plain,
+    _fake,
+    linear_dw_native,
+    devices=("cpu",),
 )
 
 

@@ -162,8 +162,10 @@ def _fake_dx(dy, offset, shape, kernel, stride, padding, dilation, ceil):  # typ
 
 
 _WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil"
-register(f"max_pool2d(Tensor x, {_WINDOW}) -> (Tensor, Tensor)", max_pool2d_plain, _fake, max_pool2d_native)
-register(
+max_pool2d = register(
+    f"max_pool2d(Tensor x, {_WINDOW}) -> (Tensor, Tensor)", max_pool2d_plain, _fake, max_pool2d_native
+)
+max_pool2d_dx = register(
     f"max_pool2d_dx(Tensor dy, Tensor offset, SymInt[] shape, {_WINDOW}) -> Tensor",
     max_pool2d_dx_plain,
     _fake_dx,

@@ -42,7 +42,7 @@ def _fake(mean, variance, weight, bias, eps):  # type: ignore[no-untyped-def]
     return torch.empty_like(mean, dtype=_wide(variance)), torch.empty_like(mean, dtype=_wide(variance))
 
 
-register(
+norm_affine = register(
     "norm_affine(Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     norm_affine_plain,
     _fake,

@@ -68,8 +68,8 @@ void check_case(const Kernels& kernels, Checker& check, Random& random, const Ge
   std::vector<float> partial(partial_size(p)), cut(partial_size(p));
   kernels.conv2d_dw(p, 0, lines, partial.data());
   for (int64_t line = 0; line < lines; ++line) kernels.conv2d_dw(p, line, line + 1, cut.data());
-  check.holds("cut anywhere, dw", cut == partial);
   check_values(p, check, x, dy, partial, data);
+  check_values(p, check, x, dy, cut, data);
 }
 
 }  // namespace

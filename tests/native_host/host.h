@@ -154,6 +154,7 @@ inline Window window(int64_t n, int64_t c, int64_t h, int64_t w, int64_t kh, int
 void check_affine_act(const Kernels& kernels, Checker& check);
 void check_conv2d_dw(const Kernels& kernels, Checker& check);
 void check_depthwise(const Kernels& kernels, Checker& check);
+void check_linear_dw(const Kernels& kernels, Checker& check);
 void check_max_pool2d(const Kernels& kernels, Checker& check);
 void check_response(const Kernels& kernels, Checker& check);
 void check_large(const Kernels& kernels, Checker& check);

@@ -12,6 +12,7 @@ int64_t failures(const sparse_bwd::Kernels& kernels) {
   host::check_affine_act(kernels, check);
   host::check_conv2d_dw(kernels, check);
   host::check_depthwise(kernels, check);
+  host::check_linear_dw(kernels, check);
   host::check_max_pool2d(kernels, check);
   host::check_response(kernels, check);
   host::check_large(kernels, check);

@@ -3,5 +3,6 @@
 #include "cpu/kernels/affine_act.h"
 #include "cpu/kernels/conv2d_dw.h"
 #include "cpu/kernels/depthwise.h"
+#include "cpu/kernels/linear_dw.h"
 #include "cpu/kernels/max_pool2d.h"
 #include "cpu/kernels/response.h"

@@ -24,14 +24,12 @@ inline float value<F32>(const void* base, int64_t at) {
   return ((const float*)base)[at];
 }
 
+// The selected channels of the rows [begin, end) of dy, to [rows, OW, width].
 template <class S>
-void gather_pixels(const Conv2dDw& p, Row& row) {
+void gather_pixels(const Conv2dDw& p, int64_t begin, int64_t end, int64_t width, float* to) {
   const Window& g = p.window;
-  const int64_t at = (row.image * g.oh + row.p) * g.ow * g.c;
-  for (int64_t q = 0; q < g.ow; ++q) {
-    float* to = row.dy.data() + q * row.padded;
-    for (int64_t j = 0; j < p.selected; ++j) to[j] = value<S>(p.dy, at + q * g.c + (p.rows ? p.rows[j] : j));
-  }
+  for (int64_t pixel = begin * g.ow; pixel < end * g.ow; ++pixel, to += width)
+    for (int64_t j = 0; j < p.selected; ++j) to[j] = value<S>(p.dy, pixel * g.c + (p.rows ? p.rows[j] : j));
 }
 
 // The output columns [first, last) whose tap b reads inside the image.
@@ -54,63 +52,113 @@ inline f32v channels_of(const typename S::T* x, int64_t channel, int64_t channel
   return S::get(rest);
 }
 
-// Depthwise, channels_last: kPixels columns from q on, kVectors vectors of channels, all taps. Values of dy stay in
-// registers, memory is read in its order. partial [kh, kw, padded J]; kRest: fewer than kLanes channels are left.
-template <class S, int kVectors, int kPixels, bool kRest>
-inline void depthwise_dw_block(const Conv2dDw& p, const Row& row, const float* dy, int64_t width, int64_t q, int64_t c,
-                               float* partial) {
-  const Window& g = p.window;
-  f32v d[kPixels][kVectors];
-  for (int i = 0; i < kPixels; ++i)
-    for (int v = 0; v < kVectors; ++v)
-      d[i][v] = kRest ? channels_of<F32>(dy + (q + i) * width, c, p.selected)
-                      : load<f32v>(dy + (q + i) * width + c + v * kLanes);
-  for (int64_t a = 0; a < g.kh; ++a) {
-    const int64_t line = row.p * g.sh - g.ph + a * g.dh;
-    if (line < 0 || line >= g.h) continue;
-    const typename S::T* x = (const typename S::T*)p.x + (row.image * g.h + line) * g.w * p.selected;
-    for (int64_t b = 0; b < g.kw; ++b) {
-      const int64_t column = q * g.sw - g.pw + b * g.dw;
-      if (kPixels == 1 && (column < 0 || column >= g.w)) continue;
-      const typename S::T* from = x + column * p.selected;
-      float* to = partial + (a * g.kw + b) * row.padded + c;
-      for (int v = 0; v < kVectors; ++v) {
-        f32v sum = load<f32v>(to + v * kLanes);
-        for (int i = 0; i < kPixels; ++i)
-          sum += d[i][v] * (kRest ? channels_of<S>(from + i * g.sw * p.selected, c, p.selected)
-                                  : S::get(from + i * g.sw * p.selected + c + v * kLanes));
-        __builtin_memcpy(to + v * kLanes, &sum, sizeof(sum));
-      }
+// Rows of dy that stay in the cache while all taps read them, in float32 and, where rows are chosen, gathered.
+struct Slab {
+  int64_t width;               // of dy: a multiple of kWidth, or the number of channels
+  std::vector<float> gathered;  // [rows, OW, width]
+  std::vector<int64_t> dy, x;  // where the rows that a tap row reads start in dy and in x
+};
+
+// One pixel of dy times the kTaps taps from b on; kChecked: of which some may read outside the image.
+template <class S, int kTaps, int kVectors, bool kSafe, bool kChecked>
+inline void depthwise_dw_pixel(const typename S::T* x, int64_t tap, const float* dy, int64_t left, const Columns* columns,
+                               int64_t q, f32v (*sum)[kVectors]) {
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    const f32v d = load<f32v>(dy + v * kLanes);
+#pragma GCC unroll 3
+    for (int b = 0; b < kTaps; ++b) {
+      if (kChecked && (q < columns[b].first || q >= columns[b].last)) continue;
+      const typename S::T* from = x + b * tap + v * kLanes;
+      sum[b][v] += d * (kSafe ? channels_of<S>(from, 0, left) : S::get(from));
     }
   }
 }
 
-template <class S, int kPixels>
-void depthwise_dw_columns(const Conv2dDw& p, const Row& row, const float* dy, int64_t width, int64_t q,
-                          float* partial) {
+// Depthwise, channels_last: kTaps neighbouring taps of one kernel row and kVectors vectors of channels, whose sums stay
+// in registers while the rows of a slab are read. kSafe: kLanes channels may reach past the end of x.
+template <class S, int kTaps, int kVectors, bool kSafe>
+void depthwise_dw_taps(const Conv2dDw& p, const Slab& slab, const float* dy, const Columns* columns, int64_t b, int64_t c,
+                       float* to, int64_t next) {
+  const Window& g = p.window;
+  const int64_t step = g.sw * p.selected, tap = g.dw * p.selected, width = slab.width, left = p.selected - c;
+  const int64_t low = columns[kTaps - 1].first, high = columns[0].last;  // that any tap reads ...
+  const int64_t first = std::min(columns[0].first, high), last = std::max(columns[kTaps - 1].last, first);  // ... all taps
+  f32v sum[kTaps][kVectors] = {};
+  for (size_t i = 0; i < slab.x.size(); ++i) {
+    const typename S::T* x = (const typename S::T*)p.x + slab.x[i] + (b * g.dw - g.pw) * p.selected + c;
+    const float* d = dy + slab.dy[i] + c;
+    for (int64_t q = low; q < first; ++q)
+      depthwise_dw_pixel<S, kTaps, kVectors, kSafe, true>(x + q * step, tap, d + q * width, left, columns, q, sum);
+    for (int64_t q = first; q < last; ++q)
+      depthwise_dw_pixel<S, kTaps, kVectors, kSafe, false>(x + q * step, tap, d + q * width, left, columns, q, sum);
+    for (int64_t q = last; q < high; ++q)
+      depthwise_dw_pixel<S, kTaps, kVectors, kSafe, true>(x + q * step, tap, d + q * width, left, columns, q, sum);
+  }
+#pragma GCC unroll 3
+  for (int t = 0; t < kTaps; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = to + t * next + c + v * kLanes;  // padded, so that lanes past the last channel do no harm
+      sum[t][v] += load<f32v>(at);
+      __builtin_memcpy(at, &sum[t][v], sizeof(sum[t][v]));
+    }
+}
+
+template <class S, int kTaps>
+void depthwise_dw_channels(const Conv2dDw& p, const Slab& slab, const float* dy, const Columns* columns, int64_t b,
+                           bool safe, float* to, int64_t next) {
   int64_t c = 0;
   for (; c + 2 * kLanes <= p.selected; c += 2 * kLanes)
-    depthwise_dw_block<S, 2, kPixels, false>(p, row, dy, width, q, c, partial);
+    depthwise_dw_taps<S, kTaps, 2, false>(p, slab, dy, columns, b, c, to, next);
   for (; c + kLanes <= p.selected; c += kLanes)
-    depthwise_dw_block<S, 1, kPixels, false>(p, row, dy, width, q, c, partial);
-  if (c < p.selected) depthwise_dw_block<S, 1, kPixels, true>(p, row, dy, width, q, c, partial);
+    depthwise_dw_taps<S, kTaps, 1, false>(p, slab, dy, columns, b, c, to, next);
+  if (c == p.selected) return;
+  safe ? depthwise_dw_taps<S, kTaps, 1, true>(p, slab, dy, columns, b, c, to, next)
+       : depthwise_dw_taps<S, kTaps, 1, false>(p, slab, dy, columns, b, c, to, next);
 }
 
-// dy [OW, width] in float32
+// Rows [begin, end) of dy; partial [kh, kw, padded J].
 template <class S>
-void depthwise_dw_row(const Conv2dDw& p, const Row& row, const float* dy, int64_t width, float* partial) {
+void depthwise_dw_slab(const Conv2dDw& p, int64_t begin, int64_t end, Slab& slab, const std::vector<Columns>& columns,
+                       float* partial) {
   const Window& g = p.window;
-  constexpr int kPixels = 4;
-  // the columns all of whose taps read inside the image
-  const int64_t first = Columns(g, 0).first, last = Columns(g, g.kw - 1).last;
-  for (int64_t q = 0; q < g.ow;) {
-    if (q >= first && q + kPixels <= last) {
-      depthwise_dw_columns<S, kPixels>(p, row, dy, width, q, partial);
-      q += kPixels;
-    } else {
-      depthwise_dw_columns<S, 1>(p, row, dy, width, q++, partial);
+  const bool direct = slab.gathered.empty();
+  const float* dy = direct ? (const float*)p.dy + begin * g.ow * g.c : slab.gathered.data();
+  if (!direct) gather_pixels<S>(p, begin, end, slab.width, slab.gathered.data());
+  const int64_t next = round_up(p.selected), pixels = g.n * g.h * g.w;
+  for (int64_t a = 0; a < g.kh; ++a) {
+    slab.dy.clear(), slab.x.clear();
+    int64_t after = 0;  // pixels of x behind the last line
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t image = at / g.oh, line = at % g.oh * g.sh - g.ph + a * g.dh;
+      if (line < 0 || line >= g.h) continue;
+      slab.dy.push_back((at - begin) * g.ow * slab.width);
+      slab.x.push_back((image * g.h + line) * g.w * p.selected);
+      after = pixels - (image * g.h + line + 1) * g.w;
     }
+    // Lanes past the last channel read the next pixels, which the last ones of x do not have.
+    const bool safe = after * p.selected < kLanes;
+    float* to = partial + a * g.kw * next;
+    int64_t b = 0;
+    for (; b + 3 <= g.kw; b += 3)
+      depthwise_dw_channels<S, 3>(p, slab, dy, columns.data() + b, b, safe, to + b * next, next);
+    for (; b < g.kw; ++b)
+      depthwise_dw_channels<S, 1>(p, slab, dy, columns.data() + b, b, safe, to + b * next, next);
   }
+}
+
+template <class S>
+void depthwise_dw(const Conv2dDw& p, int64_t begin, int64_t end, float* partial) {
+  const Window& g = p.window;
+  const bool direct = !p.rows && p.type == Type::f32 && p.selected % kLanes == 0;
+  const int64_t rows = std::clamp<int64_t>((int64_t{1} << 15) / (g.ow * p.selected), 1, 64);
+  Slab slab{direct ? g.c : round_up(p.selected), {}, {}, {}};
+  if (!direct) slab.gathered.resize(rows * g.ow * slab.width);
+  std::vector<Columns> columns;
+  for (int64_t b = 0; b < g.kw; ++b) columns.emplace_back(g, b);
+  for (int64_t at = begin; at < end; at += rows)
+    depthwise_dw_slab<S>(p, at, std::min(at + rows, end), slab, columns, partial);
 }
 
 // Grouped, channels_last: up to four rows of dw share each read of x. partial [kh, kw, J, padded I].
@@ -200,6 +248,7 @@ void planes(const Conv2dDw& p, Row& row, float* partial) {
 template <class S>
 void dw_rows(const Conv2dDw& p, int64_t begin, int64_t end, float* partial) {
   const Window& g = p.window;
+  if (g.channels_last && p.per_in == 1 && p.selected == p.groups) return depthwise_dw<S>(p, begin, end, partial);
   Row row;
   row.padded = round_up(p.selected);
   row.dy.resize(g.channels_last ? g.ow * row.padded : g.ow + kLanes);
@@ -210,14 +259,8 @@ void dw_rows(const Conv2dDw& p, int64_t begin, int64_t end, float* partial) {
       planes<S>(p, row, partial);
       continue;
     }
-    const bool depthwise = p.per_in == 1 && p.selected == p.groups;
-    if (depthwise && !p.rows && p.type == Type::f32) {
-      depthwise_dw_row<S>(p, row, (const float*)p.dy + at * g.ow * g.c, g.c, partial);
-      continue;
-    }
-    gather_pixels<S>(p, row);
-    if (depthwise) depthwise_dw_row<S>(p, row, row.dy.data(), row.padded, partial);
-    else grouped_pixels<S>(p, row, partial);
+    gather_pixels<S>(p, at, at + 1, row.padded, row.dy.data());
+    grouped_pixels<S>(p, row, partial);
   }
 }
 
