@@ -20,7 +20,7 @@ const float* vector_of(const std::optional<Tensor>& x, int64_t channels) {
 // Per-channel values as the kernels read them: repeated past the end where neighbours have neighbouring channels.
 std::vector<float> table_of(const float* values, int64_t channels, int64_t inner) {
   if (values == nullptr) return {};
-  std::vector<float> table(channels + (inner == 1 ? kWidth : 0));
+  std::vector<float> table(channels + (inner == 1 ? kStep : 0));
   for (int64_t i = 0; i < (int64_t)table.size(); ++i) table[i] = values[i % channels];
   return table;
 }

@@ -6,8 +6,6 @@
 namespace sparse_bwd {
 namespace {
 
-int64_t padded(int64_t count) { return (count + kWidth - 1) / kWidth * kWidth; }
-
 // Adds the runs in their order to the first.
 void add_runs(std::vector<float>& partial, int64_t runs) {
   const int64_t size = (int64_t)partial.size() / runs;
@@ -22,8 +20,8 @@ template <class T, class Convert>
 void collect(const Conv2dDw& p, const float* sums, T* dw, const Convert& convert) {
   const int64_t taps = p.window.kh * p.window.kw, per_in = p.per_in;
   const bool last = p.window.channels_last, depthwise = per_in == 1 && p.selected == p.groups;
-  const int64_t of_tap = !last ? 1 : depthwise ? padded(p.selected) : p.selected * padded(per_in);
-  const int64_t of_row = !last ? per_in * taps : depthwise ? 1 : padded(per_in), of_input = last ? 1 : taps;
+  const int64_t of_tap = !last ? 1 : depthwise ? round_up(p.selected) : p.selected * round_up(per_in);
+  const int64_t of_row = !last ? per_in * taps : depthwise ? 1 : round_up(per_in), of_input = last ? 1 : taps;
   for (int64_t j = 0; j < p.selected; ++j)
     for (int64_t i = 0; i < per_in; ++i)
       for (int64_t tap = 0; tap < taps; ++tap)
@@ -50,8 +48,8 @@ void conv2d_dw(Tensor dw, Tensor x, Tensor dy, std::optional<Tensor> rows, Ints 
   const int64_t lines = p.window.n * p.window.oh, taps = kernel[0] * kernel[1];
   const bool depthwise = p.per_in == 1 && p.selected == p.groups;
   const int64_t size = !channels_last ? p.selected * p.per_in * taps
-                       : depthwise    ? taps * padded(p.selected)
-                                      : taps * p.selected * padded(p.per_in);
+                       : depthwise    ? taps * round_up(p.selected)
+                                      : taps * p.selected * round_up(p.per_in);
   // Runs of rows: as many as the shape can use, so that the bits do not depend on the threads.
   const int64_t runs = std::clamp<int64_t>(std::min<int64_t>(lines / 8, (int64_t{1} << 22) / std::max<int64_t>(size, 1)), 1, 16);
   const int64_t each = (lines + runs - 1) / runs;

@@ -11,8 +11,6 @@ float from_bf16(uint16_t half) {
   return value;
 }
 
-int64_t padded(int64_t channels) { return (channels + kWidth - 1) / kWidth * kWidth; }
-
 // read(i) of the i-th value of x as float32
 template <class Body>
 void with_values(const Tensor& x, const Body& body) {
@@ -28,7 +26,7 @@ void with_values(const Tensor& x, const Body& body) {
 // [C, 1, kh, kw] to [kh, kw, padded C]
 std::vector<float> taps_first(const Tensor& weight) {
   require(weight.is_contiguous(), "a depthwise weight must be contiguous.");
-  const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3), width = padded(channels);
+  const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3), width = round_up(channels);
   std::vector<float> table(taps * width);
   with_values(weight, [&](auto read) {
     for (int64_t t = 0; t < taps; ++t)
@@ -39,7 +37,7 @@ std::vector<float> taps_first(const Tensor& weight) {
 
 std::vector<float> padded_bias(const std::optional<Tensor>& bias) {
   if (!bias) return {};
-  std::vector<float> table(padded(bias->numel()));
+  std::vector<float> table(round_up(bias->numel()));
   with_values(*bias, [&](auto read) {
     for (int64_t c = 0; c < bias->numel(); ++c) table[c] = read(c);
   });

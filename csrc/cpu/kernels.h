@@ -13,15 +13,16 @@ enum class Act : int { none = 0, relu = 1, hardtanh = 2, leaky_relu = 3 };
 
 // Elements that a range of affine_act may start at: a multiple of this, so that no two ranges share a byte of flags.
 constexpr int64_t kStep = 64;
-// Per-channel tables of channels_last are repeated until any run of this many channels can be read at once.
+// Channels are padded to multiples of this, the lanes of the widest vector.
 constexpr int64_t kWidth = 16;
+constexpr int64_t round_up(int64_t channels) { return (channels + kWidth - 1) / kWidth * kWidth; }
 
 // y = act(scale x + shift) and its gradient; elements in storage order, channel(i) = (i / inner) % channels.
 struct AffineAct {
   const void* in;        // x, or dy
   void* out;             // y (may be x), or dx
   uint8_t* mask;         // flags written forward, read backward; null = none
-  const float* scale;    // null = none; inner == 1: repeated to channels + kWidth
+  const float* scale;    // null = none; inner == 1: repeated to channels + kStep
   const float* shift;    // as scale
   int64_t channels, inner, numel;
   Type type;

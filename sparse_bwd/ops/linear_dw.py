@@ -22,7 +22,9 @@ def linear_dw_plain(x: Tensor, dy: Tensor, rows: Tensor | None, bias: bool) -> t
 def linear_dw_native(x: Tensor, dy: Tensor, rows: Tensor | None, bias: bool) -> tuple[Tensor, Tensor]:
     if not known(x) or x.numel() == 0 or dy.numel() == 0 or (rows is not None and rows.numel() == 0):
         return NotImplemented
-    x2, dy2 = x.reshape(-1, x.shape[-1]).contiguous(), dy.reshape(-1, dy.shape[-1]).contiguous()
+    x2, dy2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    if not (x2.is_contiguous() and dy2.is_contiguous()):
+        return NotImplemented
     db = bias_gradient(dy2, rows, 1) if bias else dy.new_empty(0)
     return native("linear_dw")(x2, dy2, rows), db
 

@@ -41,7 +41,7 @@ double slope(Act act, bool flag) {
 
 // Per-channel values as the kernels want them: in channels_last repeated past the end.
 std::vector<float> table(const Case& s, Random& random, bool is_scale) {
-  std::vector<float> values(s.channels + (s.inner == 1 ? kWidth : 0));
+  std::vector<float> values(s.channels + (s.inner == 1 ? kStep : 0));
   for (int64_t c = 0; c < (int64_t)values.size(); ++c)
     values[c] = c >= s.channels ? values[c - s.channels] : random.value(s.data) * (is_scale ? 0.5f : 1.0f);
   return values;

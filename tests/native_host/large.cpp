@@ -42,7 +42,7 @@ void check_affine_act_at(const Kernels& kernels, Checker& check, int64_t inner, 
   const int64_t begin = (kNumel - 1000) / kStep * kStep, count = kNumel - begin;
   Vast<float> x(kNumel), y(kNumel), dx(kNumel);
   Vast<uint8_t> mask(kNumel / 8 + 1);
-  std::vector<float> scale(kChannels + kWidth), shift(scale.size());
+  std::vector<float> scale(kChannels + kStep), shift(scale.size());
   for (int64_t c = 0; c < (int64_t)scale.size(); ++c) scale[c] = c % kChannels + 1, shift[c] = c % kChannels % 3;
   fill_last(x, kNumel, count, random);
   AffineAct p{x.data(), y.data(), mask.data(), scale.data(), shift.data(), kChannels, inner,

@@ -75,41 +75,76 @@ inline void step(const AffineAct& p, const Body& body, int64_t i, int64_t count,
   }
 }
 
+// Per-channel values of kLanes elements: neighbours in a table, or all the same.
+struct Neighbours {
+  const float* table;
+  f32v operator[](int64_t at) const { return load<f32v>(table + at); }
+};
+struct Same {
+  f32v values;
+  f32v operator[](int64_t) const { return values; }
+};
+
+// kStep elements from i on, whose flags are one word; scale and shift of the elements behind it by their place.
+template <bool kReads, bool kWrites, class Body, class Values>
+inline void whole_step(const AffineAct& p, const Body& body, int64_t i, const Values& scale, const Values& shift) {
+  using T = typename Body::T;
+  const T* in = (const T*)p.in + i;
+  T* out = (T*)p.out + i;
+  uint64_t read = 0, written = 0;
+  if (kReads) __builtin_memcpy(&read, p.mask + i / 8, sizeof(read));
+#pragma GCC unroll 16
+  for (int64_t at = 0; at < kStep; at += kLanes) {
+    const uint32_t flags = (uint32_t)(read >> at) & ((1u << kLanes) - 1);
+    written |= (uint64_t)body(in + at, out + at, flags, scale[at], shift[at]) << at;
+  }
+  if (kWrites) __builtin_memcpy(p.mask + i / 8, &written, sizeof(written));
+}
+
 // The sweeps hold p by value: as a byte of flags may lie anywhere, a reference would be read again after each of them.
 template <bool kReads, bool kWrites, class Body>
 void sweep_flat(const AffineAct p, const Body& body, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kLanes) step<kReads, kWrites>(p, body, i, end - i, f32v{}, f32v{});
+  int64_t i = begin;
+  for (; i + kStep <= end; i += kStep) whole_step<kReads, kWrites>(p, body, i, Same{}, Same{});
+  for (; i < end; i += kLanes) step<kReads, kWrites>(p, body, i, end - i, f32v{}, f32v{});
 }
 
 // channels_last: neighbouring elements have neighbouring channels, read from the repeated tables.
 template <bool kReads, bool kWrites, class Body>
 void sweep_pixels(const AffineAct p, const Body& body, int64_t begin, int64_t end) {
   const float* shift = p.shift ? p.shift : p.scale;
-  int64_t c = begin % p.channels, by = kLanes % p.channels;
-  for (int64_t i = begin; i < end; i += kLanes) {
-    step<kReads, kWrites>(p, body, i, end - i, load<f32v>(p.scale + c), load<f32v>(shift + c));
+  int64_t i = begin, c = begin % p.channels, by = kStep % p.channels;
+  for (; i + kStep <= end; i += kStep) {
+    whole_step<kReads, kWrites>(p, body, i, Neighbours{p.scale + c}, Neighbours{shift + c});
     c += by;
     if (c >= p.channels) c -= p.channels;
   }
+  for (; i < end; i += kLanes, c += kLanes)  // fewer than kStep, for which the tables reach
+    step<kReads, kWrites>(p, body, i, end - i, load<f32v>(p.scale + c), load<f32v>(shift + c));
 }
 
 // NCHW: all elements of a plane have one channel; kLanes elements that lie in several planes get theirs one by one.
 template <bool kReads, bool kWrites, class Body>
 void sweep_planes(const AffineAct p, const Body& body, int64_t begin, int64_t end) {
   const float* shift = p.shift ? p.shift : p.scale;
+  int64_t plane = begin / p.inner, c = plane % p.channels;
   for (int64_t i = begin; i < end;) {
-    int64_t plane = i / p.inner, c = plane % p.channels, stop = (plane + 1) * p.inner;
-    if (stop > end) stop = end;
+    const int64_t stop = (plane + 1) * p.inner < end ? (plane + 1) * p.inner : end;
     f32v a = splat(p.scale[c]), b = splat(shift[c]);
+    for (; i + kStep <= stop; i += kStep) whole_step<kReads, kWrites>(p, body, i, Same{a}, Same{b});
     for (; i + kLanes <= stop; i += kLanes) step<kReads, kWrites>(p, body, i, kLanes, a, b);
-    if (i >= end || i == stop) continue;
-    for (int64_t lane = 0; lane < kLanes && i + lane < end; ++lane) {
-      int64_t channel = (i + lane) / p.inner % p.channels;
-      a[lane] = p.scale[channel];
-      b[lane] = shift[channel];
+    if (i >= end) return;
+    if (i < stop) {
+      for (int64_t lane = 0; lane < kLanes && i + lane < end; ++lane) {
+        const int64_t channel = (i + lane) / p.inner % p.channels;
+        a[lane] = p.scale[channel];
+        b[lane] = shift[channel];
+      }
+      step<kReads, kWrites>(p, body, i, end - i, a, b);
+      i += kLanes;
     }
-    step<kReads, kWrites>(p, body, i, end - i, a, b);
-    i += kLanes;
+    for (; i >= (plane + 1) * p.inner; ++plane)
+      if (++c == p.channels) c = 0;
   }
 }
 

@@ -12,8 +12,6 @@ struct Row {
   int64_t padded;
 };
 
-inline int64_t round_up(int64_t value) { return (value + kWidth - 1) / kWidth * kWidth; }
-
 template <class S>
 inline float value(const void* base, int64_t at) {
   typename S::T values[kLanes] = {((const typename S::T*)base)[at]};
