@@ -3,6 +3,7 @@
 The values are small integers, so that every sum is exact and "equal" means the same bits in any order of summation.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ OPERATORS = (
     "max_pool2d_dx",
     "norm_affine",
     "response",
+    "response_sketch",
     "write_back",
 )
 BATCHED = [case for case in CONV_CASES if len(case.shape) == 4 and case.dtype is torch.float32]
@@ -216,6 +218,31 @@ def test_response(shape: tuple[int, ...], stored: torch.dtype) -> None:
             assert_same_bits(actual, oracle, name)
         assert_same_bits(held, new.to(stored), "stored response")
     check(OPS.response.default, new, previous)
+
+
+def units(*shape: int) -> Tensor:
+    """Signs on 4 or 16 positions of every sample and channel, zero elsewhere: norms are powers of two; some are 0."""
+    places = math.prod(shape[2:])
+    rows = torch.zeros(shape[0] * shape[1], places)
+    for number, row in enumerate(rows):
+        chosen = torch.randperm(places)[: (0, 4, 16)[number % 3] if places >= 16 else number % 2]
+        row[chosen] = integers(len(chosen)).sign() + 0.0
+        row[chosen[row[chosen] == 0]] = 1.0
+    return rows.view(shape)
+
+
+@pytest.mark.parametrize("numbers", [1, 5, 16, 300])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (2, 5, 17), (3, 4), (1, 3, 1), (0, 4, 5, 5)], ids=str)
+def test_response_sketch(shape: tuple[int, ...], numbers: int) -> None:
+    new, start, seed = units(*shape), 2**32 - 20, 2**40 + 3
+    held = integers(shape[1], numbers).double()
+    expected = reference.response_sketch_ref(new, held, seed, start)
+    for layout in LAYOUTS if len(shape) == 4 and new.numel() else ("contiguous",):
+        for dtype in (torch.float32, torch.bfloat16):
+            sums = held.clone()
+            OPS.response_sketch(LAYOUTS[layout](new).to(dtype), sums, seed, start)
+            assert_same_bits(sums, expected, f"{layout} {dtype}")
+    check(OPS.response_sketch.default, new, held, seed, start)
 
 
 @pytest.mark.parametrize("affine", [False, True])

@@ -36,6 +36,9 @@ RESUMED = {
     "velocity-in-half": lambda m, p: sb.VelocityPolicy(
         m, sb.Budget(fraction=0.3), p, axis="in", storage=torch.float16
     ),
+    "velocity-sketch": lambda m, p: sb.VelocityPolicy(
+        m, sb.Budget(fraction=0.3), p, measure="sketch", numbers=4
+    ),
     "reference": lambda m, p: sb.VelocityPolicy(m, sb.Budget(fraction=0.3), p, recursion="reference"),
     "random": lambda m, p: sb.RandomPolicy(m, sb.Budget(fraction=0.3)),
     "random-once": lambda m, p: sb.RandomPolicy(m, sb.Budget(fraction=0.3), redraw=False),

@@ -51,6 +51,28 @@ def test_velocity_ranks_by_speed_per_weight(model, probe, axis, order):
     assert policy.report.velocity_bytes == policy.velocity_bytes > 0
 
 
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_a_sketch_with_a_number_for_every_value_selects_what_exact_velocity_does(probe, axis):
+    chosen = []
+    for measure in ("exact", "sketch"):
+        net = small_net()
+        policy = sb.VelocityPolicy(
+            net, sb.Budget(fraction=0.3), probe, axis, measure=measure, numbers=4 * 37, storage=torch.float64
+        )
+        chosen.append([])
+        for step in range(3):
+            chosen[-1].append(policy.step())
+            train(net, step)
+    assert chosen[0] == chosen[1] and chosen[0][1] != chosen[0][2]
+
+
+def test_the_bytes_of_a_sketch_are_those_of_its_numbers(model):
+    for probe in (torch.randn(2, 3, 6, 6), torch.randn(5, 3, 12, 9)):
+        policy = sb.VelocityPolicy(model, sb.Budget(fraction=0.3), probe, measure="sketch", numbers=5)
+        policy.step()
+        assert policy.report.velocity_bytes == policy.velocity_bytes == len(policy.table) * (5 * 2 + 3 * 8)
+
+
 def test_velocity_first_selection(model, probe):
     budget = sb.Budget(fraction=0.3)
     assert (
@@ -97,6 +119,9 @@ def test_parity_drops_ties(model, probe):
         ({"recursion": "x"}, ValueError, "recursion"),
         ({"mu": 2}, ValueError, "mu"),
         ({"storage": torch.int8}, ValueError, "storage"),
+        ({"storage": torch.int8, "measure": "sketch"}, ValueError, "storage"),
+        ({"measure": "exactly"}, ValueError, "measure"),
+        ({"measure": "sketch", "numbers": 0}, ValueError, "numbers"),
     ],
 )
 def test_velocity_refuses(model, probe, kwargs, error, words):
@@ -143,14 +168,15 @@ def test_velocity_on_mobilenet_v2_in_its_chains():
             )
     with torch.no_grad():
         plain_net.eval()(probe)
-    policy = sb.VelocityPolicy(net, sb.Budget(params=192_311), probe)
+    policy = sb.VelocityPolicy(net, sb.Budget(params=192_311), probe, measure="exact")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         policy.step()
     assert policy.report.unmeasured == () and set(policy.meter.kept) == set(found)
     for name, output in found.items():
         torch.testing.assert_close(policy.meter.kept[name][0], output, rtol=1e-3, atol=1e-4)
-    assert policy.velocity_bytes == sum(output.numel() * 4 for output in found.values())
+    outputs = sum(output.numel() * 4 for output in found.values())
+    assert policy.velocity_bytes == outputs + 3 * 8 * len(policy.table)
     assert 192_311 - 960 <= policy.report.cost <= 192_311
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import sparse_bwd as sb
-from sparse_bwd.selection.responses import ResponseMeter, channel_view, evaluating, similarity
+from sparse_bwd.selection.probe import evaluating, noise_images
+from sparse_bwd.selection.responses import ResponseMeter, channel_view, similarity
 from sparse_bwd.selection.velocity import Velocity
+from tests.velocity_net import Net, edit, shapes
 
 
 def sums_of(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -75,24 +77,6 @@ def test_channel_view():
     assert channel_view(sb_linear, batch[0]).shape == (1, 6, 1)
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, padding=1)
-        self.norm = nn.BatchNorm2d(6)
-        self.depth = nn.Conv2d(6, 6, 3, padding=1, groups=6)
-        self.drop = nn.Dropout(0.5)
-        self.tokens = nn.Linear(6, 8)
-        self.unused = nn.Linear(8, 8)
-        self.hidden = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.depth(torch.relu(self.norm(self.conv(x))))
-        x = self.tokens(self.drop(x).flatten(2).transpose(1, 2)).mean(1)
-        return self.head(self.hidden(torch.tanh(self.hidden(x))))
-
-
 @pytest.fixture
 def model() -> nn.Module:
     torch.manual_seed(0)
@@ -127,18 +111,6 @@ def captured(model: nn.Module, axis: str, probe: torch.Tensor) -> dict[str, torc
     for handle in handles:
         handle.remove()
     return {name: torch.cat(values) for name, values in found.items()}
-
-
-def shapes(model: nn.Module, axis: str) -> dict:
-    return {name: (layer, layer.num_channels(axis)) for name, layer in sb.layers(model).items()}
-
-
-def edit(model: nn.Module, seed: int) -> None:
-    """Change every weight, as training does."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in sb.layers(model).values():
-        with torch.no_grad():
-            layer.weight.add_(0.05 * torch.randn(layer.weight.shape, generator=generator))
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
@@ -273,3 +245,13 @@ def test_kinds_of_probe(probe):
     meter = ResponseMeter()
     meter.measure(net, {"a": (net.a, 3)}, "in", given)
     torch.testing.assert_close(meter.kept["a"][0][0].t(), x if probe == "tensor" else 2 * x)
+
+
+def test_noise_images_are_pixels_that_the_seed_decides():
+    images = noise_images(3, 20, channels=2, seed=1)
+    assert images.shape == (3, 2, 20, 20) and float(images.min()) >= 0 and float(images.max()) <= 1
+    assert torch.equal(images, noise_images(3, 20, channels=2, seed=1))
+    assert not torch.equal(images, noise_images(3, 20, channels=2, seed=2))
+    assert not torch.equal(images[0], images[1])
+    with pytest.raises(ValueError, match="empty"):
+        noise_images(0, 20)

@@ -8,6 +8,7 @@ from torch import ops as _ops
 
 from sparse_bwd.ops import affine_act, conv2d_dw, linear_dw, max_pool2d, norm_affine, write_back
 from sparse_bwd.ops import response as _response  # noqa: F401  (registers the operator)
+from sparse_bwd.ops import sketch as _sketch  # noqa: F401
 
 
 def response(new: Tensor, previous: Tensor) -> Tensor:
@@ -21,4 +22,25 @@ def response(new: Tensor, previous: Tensor) -> Tensor:
     return result
 
 
-__all__ = ["affine_act", "conv2d_dw", "linear_dw", "max_pool2d", "norm_affine", "response", "write_back"]
+def response_sketch(new: Tensor, sums: Tensor, seed: int, start: int) -> None:
+    """Add to `sums` the sketch of a response: r random sums of its values, normalised per sample (`sketch.py`).
+
+    Args:
+        new: the response now, [N, C, *].
+        sums: float64 [C, r]; added to.
+        seed: of the random signs.
+        start: values of earlier calls that went into `sums`, each sample counting one more.
+    """
+    _ops.sparse_bwd.response_sketch(new, sums, seed, start)
+
+
+__all__ = [
+    "affine_act",
+    "conv2d_dw",
+    "linear_dw",
+    "max_pool2d",
+    "norm_affine",
+    "response",
+    "response_sketch",
+    "write_back",
+]

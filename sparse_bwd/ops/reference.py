@@ -124,6 +124,28 @@ def response_ref(new: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return (a * b).sum(2), (a * a).sum(2), (b * b).sum(2)
 
 
+def sign_ref(seed: int, j: int) -> int:
+    """sign(j) of `response_sketch`: the lowest bit of a 32-bit hash of (seed, j), as +1 or -1."""
+    key = 0
+    for word in (seed % 2**32, (seed >> 32) % 2**32, j >> 32, j % 2**32):
+        key ^= word
+        key = (key ^ key >> 16) * 0x7FEB352D % 2**32
+        key = (key ^ key >> 15) * 0x846CA68B % 2**32
+        key ^= key >> 16
+    return 1 - 2 * (key % 2)
+
+
+def response_sketch_ref(new: Tensor, sums: Tensor, seed: int, start: int) -> Tensor:
+    """sums + u S for u [C, N (P + 1)] with the flags of zero responses, and S [N (P + 1), r], one sign in each row."""
+    y = new.double()[..., None].flatten(2)
+    norm = y.square().sum(2, keepdim=True).sqrt()
+    u = torch.cat([torch.where(norm > 0, y / norm, 0.0), (norm == 0).double()], 2).movedim(1, 0).flatten(1)
+    projection = torch.zeros(u.shape[1], sums.shape[1], dtype=torch.float64, device=new.device)
+    for j in range(start, start + u.shape[1]):
+        projection[j - start, j % sums.shape[1]] = sign_ref(seed, j)
+    return sums + u @ projection
+
+
 def write_back_ref(full: Tensor, part: Tensor, index: Tensor | None, dim: int, groups: int) -> Tensor:
     """A copy of `full` with the slices replaced, one channel at a time."""
     result = full.clone()

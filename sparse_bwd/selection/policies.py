@@ -13,9 +13,11 @@ from sparse_bwd.nn import layers
 from sparse_bwd.selection.budget import Budget
 from sparse_bwd.selection.costs import greedy_prefix
 from sparse_bwd.selection.policy import BudgetPolicy, Policy
-from sparse_bwd.selection.responses import ResponseMeter, check_probe
+from sparse_bwd.selection.probe import check_probe
+from sparse_bwd.selection.responses import Meter, ResponseMeter
 from sparse_bwd.selection.schemes import CRITERIA, Scheme, check_scheme, find_scheme, scheme_selection
 from sparse_bwd.selection.selection import Channels, Selection
+from sparse_bwd.selection.sketch import NUMBERS, SketchMeter
 from sparse_bwd.selection.velocity import Velocity
 
 SchemeLike = Scheme | str | os.PathLike[str]
@@ -84,7 +86,8 @@ class VelocityPolicy(BudgetPolicy):
 
     Args:
         probe: a few images, or a tuple or list (arguments) or a dict (keyword arguments) of model inputs; moved to the
-            model's device for each measurement. It must be the same in a resumed run.
+            model's device for each measurement. It must be the same in a resumed run. `noise_images` makes a probe
+            without data, which finds fewer of the same channels.
         axis: "in" measures the velocity of the layers' input channels.
         recursion, mu: "paper" or "reference" form of the velocity, and the weight of the previous one
             (`sparse_bwd.selection.velocity`).
@@ -92,7 +95,11 @@ class VelocityPolicy(BudgetPolicy):
             or a selection.
         order: "fastest", or "slowest" as the control.
         parity: the paper's code on ties: channels that tie with the first rejected one are dropped.
-        storage: dtype of the responses kept between steps.
+        measure: "exact", the paper's: all responses are kept between steps, one number per channel, position and
+            image. "sketch": `numbers` per channel, whatever the size of the images and the probe; the error of
+            1 - similarity is then about sqrt(2 / numbers) of it (`sparse_bwd.selection.sketch`).
+        storage: dtype of what is kept; None: float32 (exact) or float16 (sketch).
+        numbers: per channel, of "sketch".
     """
 
     def __init__(
@@ -108,14 +115,16 @@ class VelocityPolicy(BudgetPolicy):
         seed: int = 0,
         bias: str = "selected",
         parity: bool = False,
-        storage: torch.dtype = torch.float32,
+        storage: torch.dtype | None = None,
+        measure: str = "exact",
+        numbers: int = NUMBERS,
     ) -> None:
         super().__init__(model, budget, axis, bias, seed)
         if order not in ("fastest", "slowest"):
             raise ValueError(f"order is {order!r}; it must be 'fastest' or 'slowest'.")
         self.probe = check_probe(probe)
         self.order, self.parity = order, bool(parity)
-        self.meter = ResponseMeter(storage)
+        self.meter = make_meter(measure, storage, numbers, seed)
         self.velocity = Velocity(len(self.table), recursion, mu)
         self.first = self._read_first(first)
 
@@ -133,7 +142,7 @@ class VelocityPolicy(BudgetPolicy):
 
     @property
     def velocity_bytes(self) -> int:
-        return self.meter.bytes
+        return self.meter.bytes + self.velocity.bytes
 
     def _unmeasured(self) -> tuple[str, ...]:
         return self.meter.unmeasured
@@ -181,6 +190,15 @@ class VelocityPolicy(BudgetPolicy):
         super()._load(state)
         self.velocity.load_state_dict(state["velocity"])
         self.meter.load_state_dict(state["responses"])
+
+
+def make_meter(measure: str, storage: torch.dtype | None, numbers: int, seed: int) -> Meter:
+    """The meter that `measure` names; storage None is its default. ValueError if there is none."""
+    if measure == "exact":
+        return ResponseMeter(torch.float32 if storage is None else storage)
+    if measure == "sketch":
+        return SketchMeter(numbers, torch.float16 if storage is None else storage, seed)
+    raise ValueError(f"measure is {measure!r}; it must be 'exact' or 'sketch'.")
 
 
 class SparseUpdatePolicy(Policy):

@@ -33,7 +33,7 @@ class PolicyReport:
     layers: int  # layers with at least one trained channel
     bias_only: int
     norms: int
-    velocity_bytes: int  # responses held for velocity, 0 for other policies
+    velocity_bytes: int  # held between steps to measure velocity; 0 for other policies
     unmeasured: tuple[str, ...]  # layers that the probe pass did not call; their velocity is zero
 
     def to_dict(self) -> dict[str, Any]:

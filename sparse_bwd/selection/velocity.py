@@ -39,6 +39,11 @@ class Velocity:
         self.dphi = torch.zeros(channels, dtype=torch.float64)
         self.value = torch.zeros(channels, dtype=torch.float64)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes held between measurements."""
+        return self.phi.nbytes + self.dphi.nbytes + self.value.nbytes
+
     def update(self, phi: Tensor) -> Tensor:
         """Velocity after the next similarity `phi`; ValueError if it is NaN."""
         if not bool(phi.isfinite().all()):
