@@ -54,14 +54,11 @@ def check_probe(probe: Any) -> Any:
     return probe
 
 
-def call(model: nn.Module, inputs: Any) -> None:
+def call(model: nn.Module, inputs: Any) -> Any:
     """Forward of `model`: a tensor is its input, a tuple or list its arguments, a mapping its keyword arguments."""
     if isinstance(inputs, Mapping):
-        model(**inputs)
-    elif isinstance(inputs, Tensor):
-        model(inputs)
-    else:
-        model(*inputs)
+        return model(**inputs)
+    return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
 
 
 @contextmanager
