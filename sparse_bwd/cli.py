@@ -123,6 +123,12 @@ def finetune(
     ] = None,
     recursion: Annotated[str | None, typer.Option(help="Of velocity: paper or reference.")] = None,
     first: Annotated[str | None, typer.Option(help="Epoch 1 of velocity: random, full or a scheme.")] = None,
+    velocity: Annotated[
+        str | None, typer.Option(help="How it is measured: exact, or sketch (constant memory).")
+    ] = None,
+    probe: Annotated[
+        str | None, typer.Option(help="Of velocity: images, not trained on, or noise (all are).")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="default or paper; the options below change it.")] = None,
     batch_norm: Annotated[str | None, typer.Option(help="frozen, bias or train.")] = None,
     epochs: Count = None,

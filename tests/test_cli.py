@@ -106,6 +106,8 @@ BAD_OPTIONS = {
     "scheme": (["--policy", "sparse-update", "--scheme", "mbv2-9"], "nearest are mbv2-"),
     "scheme of another network": (["--policy", "sparse-update"], "52 convolutions"),
     "first": (["--first", "randon"], "There is no scheme 'randon'"),
+    "velocity": (["--velocity", "skech"], "sketch"),
+    "probe": (["--probe", "pictures"], "noise"),
     "budget": (["--budget", "lots"], "number of weights"),
     "weights": (["--weights", "absent.safetensors"], "does not exist"),
     "device": (["--device", "toaster"], "--device cpu"),

@@ -89,6 +89,12 @@ CASES: dict[str, dict[str, Any]] = {
         "batch_norm": "train",
         "clip_norm": 0.0,
     },
+    "velocity-sketch-of-noise": {
+        "policy": "velocity",
+        "velocity": "sketch",
+        "probe": "noise",
+        "batch_norm": "train",
+    },
     "random-train": {"policy": "random", "batch_norm": "train"},
     "full-paper-augment": {"policy": "full", "batch_norm": "train", "augment": "paper"},
     "frozen-channels-first": {"policy": "frozen", "channels_last": False, "weight_decay": 0.01},

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sparse_bwd as sb
+from sparse_bwd.selection.sketch import SketchMeter
 from sparse_bwd.training import (
     Diverged,
     RunConfig,
@@ -107,6 +108,8 @@ def test_budgets_refuse_nonsense(text: str) -> None:
         ({"axis": "inn"}, "in"),
         ({"recursion": "papr"}, "paper"),
         ({"recipe": "papre"}, "paper"),
+        ({"velocity": "sketsh"}, "sketch"),
+        ({"probe": "nois"}, "noise"),
     ],
 )
 def test_unknown_words_list_the_nearest(wrong: dict[str, str], nearest: str) -> None:
@@ -119,7 +122,10 @@ def test_configurations_travel_as_json() -> None:
         RunConfig(TINY, "digits"), {"recipe": "paper", "lr": 0.5, "mean": (0.1, 0.2, 0.3), "policy": "full"}
     )
     assert config.recipe.lr == 0.5 and config.recipe.epochs == 205
-    assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    values = json.loads(json.dumps(config.to_json()))
+    assert RunConfig.from_json(values) == config
+    del values["velocity"]
+    assert RunConfig.from_json(values).velocity == "exact"
 
 
 def test_a_run_that_has_begun_stays_what_it_is() -> None:
@@ -358,6 +364,22 @@ def test_the_probe_is_never_trained_on_and_all_policies_see_the_same_images() ->
     for options in ({"probe_images": 138}, {"probe_images": 0}):
         with pytest.raises(UserError, match="probe"):
             prepare(configure(config, options), Runtime(Path("x")))
+
+
+def test_a_probe_of_noise_takes_no_image_from_training() -> None:
+    config = configure(RunConfig(TINY, "digits"), {**SMALL, "probe": "noise", "velocity": "sketch"})
+    prepared = prepare(config, Runtime(Path("x")))
+    assert len(prepared.loader.samples) == 138
+    policy = prepared.policy
+    assert isinstance(policy, sb.VelocityPolicy) and policy.probe.shape == (10, 3, 16, 16)
+    assert (
+        -1 <= float(policy.probe.min()) < -0.8 and 0.8 < float(policy.probe.max()) <= 1
+    )  # normalised as images
+    assert isinstance(policy.meter, SketchMeter)
+    other = prepare(dataclasses.replace(config, seed=1), Runtime(Path("x"))).policy
+    assert isinstance(other, sb.VelocityPolicy) and not torch.equal(policy.probe, other.probe)
+    with pytest.raises(UserError, match="probe"):
+        prepare(configure(config, {"probe_images": 0}), Runtime(Path("x")))
 
 
 def test_a_model_of_which_nothing_can_be_swapped_is_refused() -> None:

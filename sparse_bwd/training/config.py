@@ -14,6 +14,8 @@ from sparse_bwd.training.transforms import Preprocessing
 
 POLICIES = ("velocity", "slowest", "random", "sparse-update", "full", "frozen")
 AXES = ("out", "in")
+VELOCITIES = ("exact", "sketch")
+PROBES = ("images", "noise")
 # The smallest share of the weights in the paper's tables.
 DEFAULT_BUDGET = "8.8%"
 
@@ -23,8 +25,10 @@ class RunConfig:
     """One fine-tuning run.
 
     model, weights, data: as on the command line. budget: see `parse_budget`; sparse-update, full and frozen use none.
-    scheme: of sparse-update. first: of velocity, what epoch 1 trains: "random", "full" or a scheme. limit_train,
-    limit_test: at most this many images, in the classes' proportions. channels_last: memory layout of the network.
+    scheme: of sparse-update. first: of velocity, what epoch 1 trains: "random", "full" or a scheme. velocity: how it is
+    measured, "exact" or "sketch" (`measure` of `VelocityPolicy`). probe: of velocity, "images" set aside from the
+    training data, or "noise", for which none are. limit_train, limit_test: at most this many images, in the classes'
+    proportions. channels_last: memory layout of the network.
     """
 
     model: str
@@ -37,6 +41,8 @@ class RunConfig:
     norm_shift: bool = False
     recursion: str = "paper"
     first: str = "random"
+    velocity: str = "exact"
+    probe: str = "images"
     seed: int = 0
     split_seed: int = 0
     limit_train: int | None = None
@@ -52,6 +58,10 @@ class RunConfig:
             raise unknown("axis", str(self.axis), AXES)
         if self.recursion not in ("paper", "reference"):
             raise unknown("recursion", self.recursion, ("paper", "reference"))
+        if self.velocity not in VELOCITIES:
+            raise unknown("velocity", self.velocity, VELOCITIES)
+        if self.probe not in PROBES:
+            raise unknown("probe", self.probe, PROBES)
         parse_budget(self.budget)
 
     @property
@@ -68,6 +78,7 @@ class RunConfig:
     def from_json(cls, values: dict[str, Any]) -> "RunConfig":
         """The inverse of `to_json`; KeyError, TypeError or ValueError if `values` is something else."""
         rest = {name: value for name, value in values.items() if name not in ("recipe", "preprocessing")}
+        rest.setdefault("velocity", "exact")  # of runs from before there was a choice
         recipe = Recipe(**values["recipe"])
         return cls(**rest, recipe=recipe, preprocessing=Preprocessing.from_json(values["preprocessing"]))
 

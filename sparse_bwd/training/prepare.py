@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sparse_bwd as sb
 from sparse_bwd.selection.policy import Policy
+from sparse_bwd.selection.probe import noise_images
 from sparse_bwd.training import seeding
 from sparse_bwd.training.config import RunConfig, Runtime, parse_budget
 from sparse_bwd.training.data import DataOptions, Source, open_source
@@ -67,7 +68,7 @@ def prepare(config: RunConfig, runtime: Runtime, resuming: bool = False) -> Prep
     torch.manual_seed(seeding.derive(config.seed, "model"))
     model, notes = _make_model(config, len(source.classes), device, resuming)
     notes.insert(0, f"data: {len(train)} training and {len(source.test)} test images; {source.notes}")
-    images = config.preprocessing.normalise(stacked(probe, config.preprocessing.evaluation())).to(device)
+    images = config.preprocessing.normalise(probe).to(device)
     with sentences(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         policy = make_policy(model, config, images)
@@ -99,20 +100,24 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"The device '{name}' cannot be used here ({reason}); use --device cpu.") from error
 
 
-def _split_probe(source: Source, config: RunConfig) -> tuple[Samples, Samples]:
-    """Training images without the probe, and the probe: drawn once with the run's seed."""
-    count = config.recipe.probe_images
+def _split_probe(source: Source, config: RunConfig) -> tuple[Samples, Tensor]:
+    """Training images without the probe, and the probe, uint8 [N, 3, H, W]: drawn once with the run's seed."""
+    count, seed = config.recipe.probe_images, seeding.derive(config.seed, "probe")
+    if config.policy in ("velocity", "slowest") and count == 0:
+        raise UserError(
+            f"The policy {config.policy} measures velocity on the probe: --probe-images must be above 0."
+        )
+    if config.probe == "noise":
+        pixels = 255 * noise_images(max(count, 1), config.preprocessing.image_size, seed=seed)
+        return source.train, pixels.to(torch.uint8)
     if len(source.train) <= count:
         raise UserError(
             f"The data has {len(source.train)} training images, but {count} of them are set aside as the probe: more "
             "are needed."
         )
-    order = seeding.permutation(len(source.train), seeding.derive(config.seed, "probe"))
-    if config.policy in ("velocity", "slowest") and count == 0:
-        raise UserError(
-            f"The policy {config.policy} measures velocity on the probe: --probe-images must be above 0."
-        )
-    return source.train.select(sorted(order[count:])), source.train.select(order[: max(count, 1)])
+    order = seeding.permutation(len(source.train), seed)
+    probe = stacked(source.train.select(order[: max(count, 1)]), config.preprocessing.evaluation())
+    return source.train.select(sorted(order[count:])), probe
 
 
 def _make_model(
@@ -165,6 +170,7 @@ def make_policy(model: nn.Module, config: RunConfig, probe: Tensor) -> Policy:
         first=config.first,
         order=order,
         seed=seed,
+        measure=config.velocity,
     )
 
 
