@@ -23,17 +23,28 @@ def probe() -> torch.Tensor:
     return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(5))
 
 
+def labelled(probe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return probe, torch.arange(len(probe)) % 3
+
+
 ALL = [
     lambda m, p, axis: sb.VelocityPolicy(m, sb.Budget(fraction=0.3), probe=p, axis=axis),
     lambda m, p, axis: sb.RandomPolicy(m, sb.Budget(fraction=0.3), axis=axis),
     lambda m, p, axis: sb.FullPolicy(m, axis=axis),
     lambda m, p, axis: sb.FrozenPolicy(m, axis=axis),
     lambda m, p, axis: sb.SparseUpdatePolicy(m, Scheme("own", 3, 3, (0, 2), (0.5, 0.25)), axis=axis),
+    lambda m, p, axis: sb.WeightNormPolicy(m, sb.Budget(fraction=0.3), axis=axis),
+    lambda m, p, axis: sb.NEqPolicy(m, measure="weights", axis=axis, threshold=1e-5),
+    lambda m, p, axis: sb.NEqPolicy(m, p, axis=axis, top=0.5),
+    lambda m, p, axis: sb.TraDyPolicy(m, sb.Budget(fraction=0.3), labelled(p), axis=axis),
+    lambda m, p, axis: sb.GradientNormPolicy(m, sb.Budget(fraction=0.3), labelled(p), axis=axis),
 ]
+IDS = ["velocity", "random", "full", "frozen", "scheme", "weight", "neq-weights", "neq", "trady", "gradient"]
+UNMEASURED = ALL[1:7]  # they run no forward
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])
-@pytest.mark.parametrize("make", ALL, ids=["velocity", "random", "full", "frozen", "scheme"])
+@pytest.mark.parametrize("make", ALL, ids=IDS)
 def test_every_policy_applies_what_it_reports(model, probe, make, axis):
     policy = make(model, probe, axis)
     for step in (1, 2, 3):
@@ -155,10 +166,10 @@ def test_first_channel_in_line_too_dear(model):
             policy.step()
 
 
-def test_probe_is_measured_only_by_velocity(model, probe):
+def test_a_forward_runs_only_where_one_is_needed(model, probe):
     calls = []
     model.register_forward_hook(lambda *args: calls.append(1))
-    for make in ALL[1:]:
+    for make in UNMEASURED:
         make(model, probe, "out").step()
     assert not calls
     ALL[0](model, probe, "out").step()

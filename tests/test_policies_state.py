@@ -31,6 +31,10 @@ def through_disk(state: dict) -> dict:
     return torch.load(buffer, weights_only=True)
 
 
+def labelled(probe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return probe, torch.arange(len(probe)) % 3
+
+
 RESUMED = {
     "velocity": lambda m, p: sb.VelocityPolicy(m, sb.Budget(fraction=0.3), p),
     "velocity-in-half": lambda m, p: sb.VelocityPolicy(
@@ -47,6 +51,13 @@ RESUMED = {
     "scheme": lambda m, p: sb.SparseUpdatePolicy(
         m, Scheme("own", 3, 3, (0, 2), (0.5, 0.25)), criterion="random"
     ),
+    "neq": lambda m, p: sb.NEqPolicy(m, p, threshold=1e-4),
+    "neq-pin": lambda m, p: sb.NEqPolicy(m, p, top=0.6, pin=True, axis="in", warmup=2, measure="sketch"),
+    "neq-weights": lambda m, p: sb.NEqPolicy(m, measure="weights", threshold=1e-5),
+    "trady": lambda m, p: sb.TraDyPolicy(m, sb.Budget(fraction=0.3), labelled(p), share=0.8),
+    "trady-once": lambda m, p: sb.TraDyPolicy(m, sb.Budget(fraction=0.3), labelled(p), redraw=False),
+    "gradient": lambda m, p: sb.GradientNormPolicy(m, sb.Budget(fraction=0.3), labelled(p), score="relative"),
+    "weight": lambda m, p: sb.WeightNormPolicy(m, sb.Budget(fraction=0.3), axis="in"),
 }
 
 
