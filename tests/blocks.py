@@ -49,6 +49,8 @@ def draw_conv(pick: random.Random, channels: int, image: tuple[int, int]) -> nn.
             pick.choice((0, 1, 1, 2)),
             pick.choice((1, 1, 2)),
         )
+        if image[1] < stride:
+            dilation = 1  # torch 2.14 crashes in the forward of dilated convolutions of such images
         if all(dilation * (k - 1) < size + 2 * padding for k, size in zip(kernel, image, strict=True)):
             groups = channels if kind == "depthwise" else 1
             return nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, pick.random() < 0.5)

@@ -43,9 +43,10 @@ def gradient(y: Tensor) -> Tensor:
     return integers(*y.shape, dtype=y.dtype)
 
 
-def judge(actual: Tensor, plain: Tensor, oracle: Tensor, what: str) -> None:
+def judge(actual: Tensor, plain: Tensor, oracle: Tensor, what: str, exact: bool) -> None:
+    """`exact`: all values on the way are exact, as small integers in float32 are, and so is the result."""
     assert_close_to_oracle(actual, plain, oracle, what)
-    if actual.dtype is torch.float32:
+    if exact:
         assert_same_bits(actual.double(), oracle, what)
 
 
@@ -57,31 +58,31 @@ def check(block: Block) -> None:
     with forced("plain"):
         twin_y, twin_dx, twin_saved = run(twin, block.x, block.needs_x, native=False)
     assert saved == twin_saved
-    oracle, stock = block.oracle(), block.stock
+    oracle, stock, exact = block.oracle(), block.stock, block.x.dtype is torch.float32
     plain_y, plain_dx, _ = run(stock, block.x, True)
-    exact_y, exact_dx, _ = run(oracle, block.x.double(), True, gradient(y).double())
-    judge(y, plain_y, exact_y, "y")
-    judge(twin_y, plain_y, exact_y, "y, plain path")
+    true_y, true_dx, _ = run(oracle, block.x.double(), True, gradient(y).double())
+    judge(y, plain_y, true_y, "y", exact)
+    judge(twin_y, plain_y, true_y, "y, plain path", exact)
     assert (dx is not None) == block.needs_x
     if dx is not None:
-        assert plain_dx is not None and exact_dx is not None and twin_dx is not None
-        judge(dx, plain_dx, exact_dx, "dx")
-        judge(twin_dx, plain_dx, exact_dx, "dx, plain path")
-    for ours, twins, theirs, exact in zip(
+        assert plain_dx is not None and true_dx is not None and twin_dx is not None
+        judge(dx, plain_dx, true_dx, "dx", exact)
+        judge(twin_dx, plain_dx, true_dx, "dx, plain path", exact)
+    for ours, twins, theirs, true in zip(
         block.runs, runs_of(twin), runs_of(stock), runs_of(oracle), strict=True
     ):
-        for layers in zip(ours, twins, theirs, exact, strict=True):
-            judge_parameters(*layers)
+        for layers in zip(ours, twins, theirs, true, strict=True):
+            judge_parameters(*layers, exact)
 
 
-def judge_parameters(ours: Any, twin: Any, plain: Any, oracle: Any) -> None:
+def judge_parameters(ours: Any, twin: Any, plain: Any, oracle: Any, exact: bool) -> None:
     for name, slot in getattr(ours, "_slots", {}).items():
         got = getattr(ours, f"trainable_{name}").grad
-        stock, exact = getattr(plain, name).grad, getattr(oracle, name).grad
+        stock, true = getattr(plain, name).grad, getattr(oracle, name).grad
         places = None if slot.index is None else slot.index.tolist()
         axis = "in" if slot.dim == 1 else "out"
         whole = embed(got, stock, ours, places, axis)
-        judge(whole, stock, exact, f"{name} of {ours}")
+        judge(whole, stock, true, f"{name} of {ours}", exact)
         assert getattr(twin, f"trainable_{name}").grad.shape == got.shape
         assert got.is_contiguous() or got.is_contiguous(memory_format=torch.channels_last)
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from .advice import how_to_free, why_dense
 from .layouts import MIB, OUTSIDE, Layouts, WatchLayouts
-from .predict import call
 from .saved import Kept, SavedTensors
+from .simulate import call
 
 
 @dataclass(frozen=True)

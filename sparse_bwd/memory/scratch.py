@@ -1,51 +1,76 @@
 """What operators allocate and give back inside themselves: the part of a peak that a run on fake tensors cannot see.
 
-Sizes were read from the allocator's events on CPU (torch 2.14, oneDNN, two threads), x -> y with weight w:
-
-    convolution, channels_last        w, put into oneDNN's own order
-    convolution, NCHW                 w, and the larger of x and y
-    weight gradient, channels_last    twice dw
-    weight gradient, NCHW             x and dy
-    conv2d_dw                         the same for the gathered slice of dy, and that slice
-
-Elsewhere (other devices, other operators) the estimate is 0.
+Nothing but the operator knows it (oneDNN puts weights and images into its own order, a product gathers, a block of
+layers has values of its own), and it changes with layout, shape, threads and version. So every distinct call, which is
+one of an operator, its shapes, strides and dtypes, runs once in this process on zeros, and its allocations are read.
+Other devices than the CPU are not measured: their scratch counts as 0.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .events import record
+from .saved import storage_key
+
+# What is worth a run: all that computes with matrices. The others allocate their results and no more.
+_PRODUCTS = {
+    "aten": (
+        "convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm", "linear", "native_layer_norm_backward",
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+    "sparse_bwd": ("conv2d_dw", "linear_dw"),
+    "sparse_bwd_native": ("conv_chain", "conv_chain_dx"),
+}  # fmt: skip
+_measured: dict[Any, int] = {}
 
 
-def scratch_bytes(func: Any, args: tuple[Any, ...], result: Any) -> int:
-    """Estimated bytes that one call of `func` takes beside its result and gives back before it returns."""
-    aten = torch.ops.aten
-    if not args or not isinstance(args[0], Tensor) or args[0].device.type != "cpu":
+def scratch_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Bytes that one call of `func` takes beside its results and gives back before it returns; CPU only.
+
+    Args:
+        func: an operator of the dispatcher.
+        args, kwargs: its arguments; of fake tensors only shapes, strides and dtypes matter.
+    """
+    space, _, name = func._schema.name.partition("::")
+    if name not in _PRODUCTS.get(space, ()):
         return 0
-    if func is aten.convolution.default:
-        x, w = args[:2]
-        return _forward(x, w, result)
-    if func is aten.convolution_backward.default:
-        dy, x, w = args[:3]
-        needs_dx, needs_dw = args[-1][:2]
-        dx = _forward(x, w, dy) if needs_dx else 0
-        dw = _weight_gradient(x, dy.nbytes, w.nbytes) if needs_dw else 0
-        return max(dx, dw)
-    if func is torch.ops.sparse_bwd.conv2d_dw.default:
-        x, dy, spread, rows = args[:4]
-        dy_slice = dy.nbytes if rows is None else dy.nbytes // dy.shape[1] * rows.numel()
-        x_slice = 0 if spread is None else x.nbytes // x.shape[1] * spread.numel()
-        return x_slice + (0 if rows is None else dy_slice) + _weight_gradient(x, dy_slice, result.nbytes)
-    return 0
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return 0
+    key = (func, torch.get_num_threads(), repr(tree_map_only(Tensor, _description, (args, kwargs))))
+    if key not in _measured:
+        with _disable_current_modes(), torch.no_grad():
+            _measured[key] = _measure(func, *tree_map_only(Tensor, _zeros, (args, kwargs)))
+    return _measured[key]
 
 
-def _in_pixels(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+def _description(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
 
 
-def _forward(x: Tensor, w: Tensor, y: Tensor) -> int:
-    return w.nbytes + (0 if _in_pixels(x) else max(x.nbytes, y.nbytes))
+def _zeros(tensor: Tensor) -> Tensor:
+    """A real tensor like a fake one; real ones (indices) as they are."""
+    if type(tensor) is Tensor:
+        return tensor
+    shape, stride = tuple(int(size) for size in tensor.shape), tuple(int(step) for step in tensor.stride())
+    return torch.empty_strided(shape, stride, dtype=tensor.dtype).zero_()
 
 
-def _weight_gradient(x: Tensor, dy_bytes: int, dw_bytes: int) -> int:
-    return 2 * dw_bytes if _in_pixels(x) else x.nbytes + dy_bytes
+def _measure(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    given = {storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    func(*args, **kwargs)  # first calls also build what is kept for all later ones
+    results: list[Any] = []
+    allocated = highest = 0
+    for event in record(lambda: results.append(func(*args, **kwargs)), "cpu"):
+        allocated += event.nbytes
+        highest = max(highest, allocated)
+    made = {
+        storage_key(leaf): leaf.untyped_storage().nbytes()
+        for leaf in tree_leaves(results)
+        if isinstance(leaf, Tensor)
+    }
+    return max(highest - sum(size for key, size in made.items() if key not in given), 0)

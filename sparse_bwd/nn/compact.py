@@ -36,6 +36,11 @@ class Slot:
     dim: int
     groups: int
 
+    @property
+    def whole(self) -> bool:
+        """Whether the slices are the full tensor in its own shape, so that both share one memory."""
+        return self.index is None and (self.dim == 0 or self.groups == 1)
+
 
 class _Synced(NamedTuple):
     """Version counters of a full tensor and its compact Parameter when both last agreed."""
@@ -124,11 +129,16 @@ class CompactLayer(nn.Module):
     def _compact_parameter(self, name: str, slot: Slot) -> nn.Parameter:
         """A new Parameter of the selected slices; in the memory of the full tensor where that has their shape."""
         full = self._full(name)
-        whole = slot.index is None and (slot.dim == 0 or slot.groups == 1)
         with torch.no_grad():
             return nn.Parameter(
-                full.detach() if whole else read_slices(full, slot.index, slot.dim, slot.groups)
+                full.detach() if slot.whole else read_slices(full, slot.index, slot.dim, slot.groups)
             )
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the compact Parameters that have memory of their own, beside the full tensors."""
+        parts = [self._parameters[TRAINABLE[name]] for name, slot in self._slots.items() if not slot.whole]
+        return sum(part.nbytes for part in parts if part is not None)
 
     def _full(self, name: str) -> Tensor:
         full = self._parameters[name]

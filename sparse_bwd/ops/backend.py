@@ -33,6 +33,7 @@ CPU_KERNELS = ("conv_chain", "conv_chain_dx", "linear_dw", "norm_affine", "write
 _library = torch.library.Library(NAMESPACE, "DEF")
 _served: dict[str, tuple[str, ...]] = {}
 _forced: str | None = None
+_simulating = False
 
 
 class Row(NamedTuple):
@@ -106,6 +107,22 @@ def direct(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+@contextmanager
+def simulated() -> Iterator[None]:
+    """Inside, blocks of layers run on fake tensors as they would on real ones of the CPU, and not layer by layer."""
+    global _simulating
+    before, _simulating = _simulating, True
+    try:
+        yield
+    finally:
+        _simulating = before
+
+
+def simulates(x: Tensor) -> bool:
+    """Whether x stands for a tensor that the native library would serve directly."""
+    return _simulating and x.is_cpu and not _missing["cpu"] and _forced != "plain"
 
 
 @functools.cache
