@@ -57,7 +57,7 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
         figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelspacing=0.8)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _mark(panel: Any, row: Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ def draw_timelines(timelines: Sequence[Mapping[str, Any]], path: Path) -> None:
             frameon=False,
             fontsize=9,
         )
-        _save(figure, path)
+        save(figure, path)
 
 
 def _total(timeline: Mapping[str, Any]) -> list[float]:
@@ -145,7 +145,8 @@ def _stack(panel: Any, timeline: Mapping[str, Any]) -> None:
     panel.set_title(timeline["title"])
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure and forget it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

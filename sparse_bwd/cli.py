@@ -111,12 +111,15 @@ def finetune(
         typer.Option(help="A .safetensors or .pt file, a torchvision name such as DEFAULT, or none."),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="velocity, slowest, random, sparse-update, full or frozen.")
+        str | None,
+        typer.Option(
+            help="velocity, slowest, neq, trady, gradient, weight, random, sparse-update, full or frozen."
+        ),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Trained weights (192311) or a share of all (8.8%, 0.088).")
     ] = None,
-    axis: Annotated[str | None, typer.Option(help="out or in; in for sparse-update unless given.")] = None,
+    axis: Annotated[str | None, typer.Option(help="out or in; in for sparse-update and trady.")] = None,
     scheme: Annotated[str | None, typer.Option(help="Of sparse-update: mbv2-1, ... or a .json file.")] = None,
     norm_shift: Annotated[
         bool | None, typer.Option("--norm-shift", help="Sparse-update trains the norms' shifts too.")
@@ -124,11 +127,13 @@ def finetune(
     recursion: Annotated[str | None, typer.Option(help="Of velocity: paper or reference.")] = None,
     first: Annotated[str | None, typer.Option(help="Epoch 1 of velocity: random, full or a scheme.")] = None,
     velocity: Annotated[
-        str | None, typer.Option(help="How it is measured: exact, or sketch (constant memory).")
+        str | None, typer.Option(help="How it is measured: sketch (constant memory) or exact.")
     ] = None,
     probe: Annotated[
         str | None, typer.Option(help="Of velocity: images, not trained on, or noise (all are).")
     ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Of neq: |velocity| that trains no more.")] = None,
+    pin: Annotated[bool | None, typer.Option("--pin", help="Neq never trains again what it froze.")] = None,
     recipe: Annotated[str | None, typer.Option(help="default or paper; the options below change it.")] = None,
     batch_norm: Annotated[str | None, typer.Option(help="frozen, bias or train.")] = None,
     epochs: Count = None,
@@ -142,7 +147,7 @@ def finetune(
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror images at random.")] = None,
     eval_every: Annotated[int | None, typer.Option(min=1, help="Epochs between evaluations.")] = None,
     probe_images: Annotated[
-        int | None, typer.Option(min=0, help="Images for velocity, not trained on.")
+        int | None, typer.Option(min=0, help="Images to measure on, not trained on.")
     ] = None,
     image_size: Count = None,
     crop_pct: Annotated[float | None, typer.Option(help="Share of the side kept when testing.")] = None,

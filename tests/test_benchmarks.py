@@ -45,3 +45,21 @@ def test_step_reaches_the_readme(tmp_path: Path) -> None:
     text = filled("<!-- results:step -->\n<!-- /results:step -->\n", tmp_path)
     assert f"| {title} |" in text
     assert filled(text, tmp_path) == text
+
+
+def test_velocity(tmp_path: Path) -> None:
+    """More numbers agree better with exact velocity, and the page shows what the JSON holds."""
+    tiny = ["--data", "digits", "--model", "tests.training_net:tiny", "--image-size", "16", "--seeds", "1"]
+    few = ["--epochs", "1", "--limit-train", "80", "--numbers", "2", "128", "--out", str(tmp_path)]
+    shown = run_module("velocity", *tiny, *few)
+    record = json.loads((tmp_path / "velocity.json").read_text())
+    found = {(row["kind"], row["numbers"]): row for row in record["rows"]}
+    assert found["exact float32", None]["correlation"] == 1
+    assert found["exact float32", None]["bytes"] == 2 * found["exact float16", None]["bytes"]
+    assert found["sketch", 2]["correlation"] < found["sketch", 128]["correlation"]
+    assert [found["sketch", r]["bytes"] for r in (2, 128)] == [4, 256]
+    assert str(tmp_path) not in record["command"]
+    for row in record["rows"]:
+        assert f"{row['correlation']:.3f}" in shown
+    assert (tmp_path / "velocity.md").read_text() in shown
+    assert (tmp_path / "velocity.png").read_bytes().startswith(PNG)

@@ -36,12 +36,12 @@ def labelled(probe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 RESUMED = {
-    "velocity": lambda m, p: sb.VelocityPolicy(m, sb.Budget(fraction=0.3), p),
+    "velocity": lambda m, p: sb.VelocityPolicy(m, sb.Budget(fraction=0.3), p, measure="exact"),
     "velocity-in-half": lambda m, p: sb.VelocityPolicy(
-        m, sb.Budget(fraction=0.3), p, axis="in", storage=torch.float16
+        m, sb.Budget(fraction=0.3), p, axis="in", measure="exact", storage=torch.float16
     ),
     "velocity-sketch": lambda m, p: sb.VelocityPolicy(
-        m, sb.Budget(fraction=0.3), p, measure="sketch", numbers=4
+        m, sb.Budget(fraction=0.3), p, measure="sketch", numbers=4, seed=3
     ),
     "reference": lambda m, p: sb.VelocityPolicy(m, sb.Budget(fraction=0.3), p, recursion="reference"),
     "random": lambda m, p: sb.RandomPolicy(m, sb.Budget(fraction=0.3)),
@@ -89,7 +89,7 @@ def test_a_resumed_run_selects_the_same(probe, make, made):
 
 
 def test_state_is_a_copy(model, probe):
-    policy = sb.VelocityPolicy(model, sb.Budget(fraction=0.3), probe)
+    policy = sb.VelocityPolicy(model, sb.Budget(fraction=0.3), probe, measure="exact")
     policy.step()
     state = policy.state_dict()
     held = state["responses"]["kept"]["0"][0].clone()
@@ -100,7 +100,7 @@ def test_state_is_a_copy(model, probe):
 
 def test_load_state_dict_checks_before_changing(model, probe):
     def make(**kwargs) -> sb.VelocityPolicy:
-        return sb.VelocityPolicy(model, sb.Budget(fraction=0.3), probe, **kwargs)
+        return sb.VelocityPolicy(model, sb.Budget(fraction=0.3), probe, **{"measure": "exact", **kwargs})
 
     policy = make()
     policy.step()
@@ -128,6 +128,7 @@ def test_load_state_dict_checks_before_changing(model, probe):
         ({**state, "velocity": {**velocity, "phi": torch.zeros(3)}}, "phi"),
         ({**state, "responses": {}}, "no responses"),
         ({**state, "responses": {**responses, "storage": "float16"}}, "float16"),
+        (make(measure="sketch").state_dict(), "measure 'sketch'"),
         ({**state, "responses": {**responses, "kept": {"x": [torch.zeros(1, 2)]}}}, "'x'"),
     ]
     generator = policy.generator.get_state()

@@ -12,7 +12,11 @@ from sparse_bwd.training.models import is_code
 from sparse_bwd.training.recipe import RECIPES, Recipe, find_recipe
 from sparse_bwd.training.transforms import Preprocessing
 
-POLICIES = ("velocity", "slowest", "random", "sparse-update", "full", "frozen")
+POLICIES = (
+    "velocity", "slowest", "neq", "trady", "gradient", "weight", "random", "sparse-update", "full", "frozen",
+)  # fmt: skip
+PROBED = ("velocity", "slowest", "neq", "trady", "gradient")  # they measure on the probe
+LABELLED = ("trady", "gradient")  # and use its labels
 AXES = ("out", "in")
 VELOCITIES = ("exact", "sketch")
 PROBES = ("images", "noise")
@@ -24,11 +28,12 @@ DEFAULT_BUDGET = "8.8%"
 class RunConfig:
     """One fine-tuning run.
 
-    model, weights, data: as on the command line. budget: see `parse_budget`; sparse-update, full and frozen use none.
-    scheme: of sparse-update. first: of velocity, what epoch 1 trains: "random", "full" or a scheme. velocity: how it is
-    measured, "exact" or "sketch" (`measure` of `VelocityPolicy`). probe: of velocity, "images" set aside from the
-    training data, or "noise", for which none are. limit_train, limit_test: at most this many images, in the classes'
-    proportions. channels_last: memory layout of the network.
+    model, weights, data: as on the command line. budget: see `parse_budget`; neq, sparse-update, full and frozen have
+    none. scheme: of sparse-update. first: of velocity, what epoch 1 trains: "random", "full" or a scheme. velocity: how
+    it is measured, "exact" or "sketch" (`measure` of `VelocityPolicy`). probe: of velocity, "images" set aside from the
+    training data, or "noise", for which none are; trady and gradient need the images, with their labels. threshold,
+    pin: of neq, as in `NEqPolicy`. limit_train, limit_test: at most this many images, in the classes' proportions.
+    channels_last: memory layout of the network.
     """
 
     model: str
@@ -41,8 +46,10 @@ class RunConfig:
     norm_shift: bool = False
     recursion: str = "paper"
     first: str = "random"
-    velocity: str = "exact"
+    velocity: str = "sketch"
     probe: str = "images"
+    threshold: float = 1e-3
+    pin: bool = False
     seed: int = 0
     split_seed: int = 0
     limit_train: int | None = None
@@ -66,8 +73,8 @@ class RunConfig:
 
     @property
     def resolved_axis(self) -> str:
-        """`axis`, or its default: "in" for sparse-update, as its authors, "out" otherwise."""
-        return self.axis or ("in" if self.policy == "sparse-update" else "out")
+        """`axis`, or its default: "in" for sparse-update and trady, as their authors, "out" otherwise."""
+        return self.axis or ("in" if self.policy in ("sparse-update", "trady") else "out")
 
     def to_json(self) -> dict[str, Any]:
         """Plain words, numbers, lists and dicts: equal to what comes back from a file."""
