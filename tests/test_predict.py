@@ -91,17 +91,50 @@ def test_own_optimizer_and_an_unknown_one() -> None:
 
 def test_velocity_is_what_the_policy_keeps() -> None:
     model, probe = converted().eval(), torch.randn(3, 3, 12, 12)
-    policy = sb.VelocityPolicy(model, sb.Budget(fraction=0.5), probe=probe)
+    policy = sb.VelocityPolicy(model, sb.Budget(fraction=0.5), probe=probe, measure="exact")
     before = resident_bytes()
     policy.step()
     policy.step()
     grown = resident_bytes() - before
-    predicted = predict(model, None, torch.randn(X), probe=probe).velocity
+    predicted = predict(model, None, torch.randn(X), probe=probe, measure="exact").velocity
     outputs = sum(shape.numel() for shape in output_shapes(model, probe)) * 4
     assert predicted == outputs + 3 * 8 * sum(
         layer.num_channels("out") for layer in sb.layers(model).values()
     )
     assert grown >= outputs  # the policy's own books and the new selection come on top
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize(
+    "options", [{}, {"numbers": 5, "storage": torch.float32}, {"measure": "exact", "storage": torch.float16}]
+)
+def test_velocity_is_what_the_report_says(axis: str, options: dict[str, Any]) -> None:
+    model, probe = converted().eval(), torch.randn(3, 3, 12, 12)
+    policy = sb.VelocityPolicy(model, sb.Budget(fraction=0.5), probe, axis, **options)
+    policy.step()
+    assert policy.report is not None
+    assert (
+        policy.report.velocity_bytes
+        == predict(model, None, torch.randn(X), probe=probe, axis=axis, **options).velocity
+    )
+
+
+def test_velocity_counts_a_layer_once_that_is_called_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(self.layer(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    model, probe = Twice(), torch.randn(2, 3, 4, 4)
+    sb.convert(model)
+    for measure, kept in (("sketch", 3 * 16 * 2), ("exact", 2 * probe.numel() * 4)):
+        policy = sb.VelocityPolicy(model, sb.Budget(fraction=1.0), probe, measure=measure)
+        policy.step()
+        assert policy.velocity_bytes == kept + 3 * 8 * 3
+        assert predict(model, None, probe, probe=probe, measure=measure).velocity == policy.velocity_bytes
 
 
 def output_shapes(model: nn.Module, x: Tensor) -> list[torch.Size]:
@@ -254,8 +287,8 @@ def test_reorders_outside_channels_last_are_in_the_peak() -> None:
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_needed_counts_all_that_training_adds_to_the_network(share: float) -> None:
     model, x = converted(), torch.randn(X)
-    before = resident_bytes()
     selection = share_of_channels(model, share)
+    before = resident_bytes()
     prediction = predict(model, selection, x, optimizer="adam", loss=lambda out: out.square().sum())
     sb.apply(model, selection)
     optimizer = torch.optim.Adam(sb.trainable_parameters(model))

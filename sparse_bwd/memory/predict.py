@@ -35,9 +35,9 @@ class Prediction:
 
     saved: kept by autograd from forward to backward; grads: gradients; optimizer: optimizer state; velocity: what a
     velocity policy keeps of the probe; compact: compact parameters beside the full ones, and indices; transient: the
-    most at any time beyond these kinds; peak: highest allocation of the step above what is alive before it (parameters, optimizer
-    state, batch). The parts do not add up to the peak, since they are not at their highest at the same time.
-    `layers`: saved bytes by the layer that kept them first.
+    most at any time beyond these kinds; peak: highest allocation of the step above what is alive before it
+    (parameters, optimizer state, batch). The parts do not add up to the peak, since they are not at their highest at
+    the same time. `layers`: saved bytes by the layer that kept them first.
     """
 
     saved: int
@@ -63,6 +63,9 @@ def predict(
     loss: Callable[[Any], Tensor] | None = None,
     probe: Any = None,
     axis: str = "out",
+    measure: str = "sketch",
+    storage: torch.dtype | None = None,
+    numbers: int | None = None,
 ) -> Prediction:
     """Predict the memory of a step of the converted `model` under `selection`, applied or not.
 
@@ -72,6 +75,7 @@ def predict(
         optimizer: one of OPTIMIZERS, or a function from parameters to an optimizer.
         loss: from the model's output to a scalar. None: the sum of the output, and the loss keeps nothing.
         probe, axis: the images on which velocity will be measured, and its axis; None = no velocity.
+        measure, storage, numbers: as in `VelocityPolicy`; None = its default.
 
     The model stays as it is: its values, its selection, its mode and the random state are not touched.
 
@@ -94,9 +98,10 @@ def predict(
     with simulation(mode):
         run.first_step(inputs)
         line = run.watched_step(inputs)
-        velocity = (
-            _velocity_bytes(fake, map_tensors(probe, mode.from_tensor), axis) if probe is not None else 0
-        )
+        velocity = 0
+        if probe is not None:
+            bytes_of = _kept_bytes(measure, storage, numbers)
+            velocity = _velocity_bytes(fake, map_tensors(probe, mode.from_tensor), axis, bytes_of)
     copied = [module.copied_bytes for module in fake.modules() if isinstance(module, CompactLayer)]
     return Prediction(
         saved=sum(run.layers.values()),
@@ -110,16 +115,35 @@ def predict(
     )
 
 
-def _velocity_bytes(model: nn.Module, probe: Any, axis: str) -> int:
-    """Responses kept on the probe, fp32 (selection/velocity.py), and three float64 numbers per channel."""
-    from sparse_bwd.nn import SparseConv2d, layers
+def _kept_bytes(
+    measure: str, storage: torch.dtype | None, numbers: int | None
+) -> Callable[[Tensor, int, bool], int]:
+    """Bytes that a velocity policy keeps of a response, given its channels and whether it is its layer's first."""
+    from sparse_bwd.selection.policies import make_meter
+    from sparse_bwd.selection.sketch import NUMBERS, SketchMeter
+
+    meter = make_meter(measure, storage, NUMBERS if numbers is None else numbers, seed=0)
+    size = meter.storage.itemsize
+    if isinstance(meter, SketchMeter):
+        per_channel = meter.numbers * size
+        return lambda response, channels, first: channels * per_channel if first else 0
+    return lambda response, channels, first: response.numel() * size
+
+
+def _velocity_bytes(
+    model: nn.Module, probe: Any, axis: str, bytes_of: Callable[[Tensor, int, bool], int]
+) -> int:
+    """What is kept of the responses to the probe, and three float64 numbers per channel (selection/velocity.py)."""
+    from sparse_bwd.nn import SparseConv2d, SparseLinear, layers
 
     sizes: list[int] = []
+    called: set[nn.Module] = set()
 
-    def record(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def record(layer: SparseConv2d | SparseLinear, args: tuple[Any, ...], output: Tensor) -> None:
         depthwise = isinstance(layer, SparseConv2d) and layer.depthwise
         kept = output if axis == "out" or depthwise else args[0]
-        sizes.append(kept.numel() * torch.float32.itemsize)
+        sizes.append(bytes_of(kept, layer.num_channels(axis), layer not in called))
+        called.add(layer)
 
     measured = [layer for layer in layers(model).values() if layer.selectable]
     handles = [layer.register_forward_hook(record) for layer in measured]
