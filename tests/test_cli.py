@@ -108,6 +108,8 @@ BAD_OPTIONS = {
     "first": (["--first", "randon"], "There is no scheme 'randon'"),
     "velocity": (["--velocity", "skech"], "sketch"),
     "probe": (["--probe", "pictures"], "noise"),
+    "labels of noise": (["--policy", "trady", "--probe", "noise"], "needs images with labels"),
+    "threshold": (["--policy", "neq", "--threshold", "-1"], "threshold is -1.0"),
     "budget": (["--budget", "lots"], "number of weights"),
     "weights": (["--weights", "absent.safetensors"], "does not exist"),
     "device": (["--device", "toaster"], "--device cpu"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sparse_bwd as sb
+from sparse_bwd.selection.responses import ResponseMeter
 from sparse_bwd.selection.sketch import SketchMeter
 from sparse_bwd.training import (
     Diverged,
@@ -23,13 +24,14 @@ from sparse_bwd.training import (
     finetune,
     load_run,
     saved_config,
+    seeding,
 )
 from sparse_bwd.training.checkpoint import save_checkpoint
 from sparse_bwd.training.config import check_unchanged, parse_budget
 from sparse_bwd.training.finish import find_collapse
 from sparse_bwd.training.log import read_log
 from sparse_bwd.training.models import build_model, check_width, head_name
-from sparse_bwd.training.prepare import find_device, prepare
+from sparse_bwd.training.prepare import find_device, open_data, prepare
 from sparse_bwd.training.recipe import RECIPES, find_recipe
 from sparse_bwd.training.weights import load_weights
 from tests import training_net
@@ -307,6 +309,10 @@ def test_named_weights_come_from_their_library(monkeypatch: pytest.MonkeyPatch) 
         ("full", "out", "train"),
         ("frozen", "out", "frozen"),
         ("sparse-update", "in", "bias"),
+        ("neq", "out", "train"),
+        ("trady", "in", "bias"),
+        ("gradient", "out", "train"),
+        ("weight", "in", "frozen"),
     ],
 )
 def test_every_policy_trains_within_its_budget(
@@ -318,7 +324,9 @@ def test_every_policy_trains_within_its_budget(
     result = small_run(out, policy=policy, axis=axis, batch_norm=batch_norm, scheme=str(scheme), measure=True)
     costs = {"full": 1512, "frozen": 0, "sparse-update": 4 * 16 * 9 + 144}
     assert result["cost"] == costs.get(policy, result["cost"])
-    if policy not in costs:
+    if policy == "neq":
+        assert result["budget"] is None and 0 < result["cost"] <= 1512
+    elif policy not in costs:
         assert result["budget"] == 302 and 302 - 144 < result["cost"] <= 302
     assert result["saved_bytes"] > 0 and result["peak_bytes"] > 0 and result["ms_per_step"] > 0
     assert len(result["accuracy_per_epoch"]) == 2 and result["accuracy"] == result["accuracy_per_epoch"][-1]
@@ -380,6 +388,33 @@ def test_a_probe_of_noise_takes_no_image_from_training() -> None:
     assert isinstance(other, sb.VelocityPolicy) and not torch.equal(policy.probe, other.probe)
     with pytest.raises(UserError, match="probe"):
         prepare(configure(config, {"probe_images": 0}), Runtime(Path("x")))
+
+
+def test_policies_get_what_the_command_line_says() -> None:
+    """Labels belong to the images of the probe; the options of NEq; TraDy's default axis."""
+
+    def policy_of(**options: Any) -> Any:
+        return prepare(configure(RunConfig(TINY, "digits"), {**SMALL, **options}), Runtime(Path("x"))).policy
+
+    neq = policy_of(policy="neq", threshold=0.5, pin=True, velocity="exact")
+    assert isinstance(neq, sb.NEqPolicy) and (neq.threshold, neq.pin, neq.axis) == (0.5, True, "out")
+    assert isinstance(neq.meter, ResponseMeter) and neq.velocity.recursion == "reference"
+    images, labels = policy_of(policy="gradient").meter.data
+    assert torch.equal(images, policy_of(policy="velocity").probe) and images.shape == (10, 3, 16, 16)
+    source = open_data(configure(RunConfig(TINY, "digits"), SMALL), Runtime(Path("x"))).train
+    order = seeding.permutation(len(source), seeding.derive(0, "probe"))[:10]
+    assert labels.tolist() == [source.targets[index] for index in order] and len(set(labels.tolist())) > 1
+    trady = policy_of(policy="trady")
+    assert isinstance(trady, sb.TraDyPolicy) and trady.axis == "in" and trady.meter is not None
+    assert torch.equal(trady.meter.data[1], labels)
+    weight = policy_of(policy="weight", axis="in")
+    assert isinstance(weight, sb.WeightNormPolicy) and weight.axis == "in"
+    for options in ({"policy": "trady", "probe": "noise"}, {"policy": "gradient", "probe": "noise"}):
+        with pytest.raises(UserError, match="needs images with labels: leave out --probe noise"):
+            policy_of(**options)
+    for policy in ("neq", "trady", "gradient"):
+        with pytest.raises(UserError, match="--probe-images must be above 0"):
+            policy_of(policy=policy, probe_images=0)
 
 
 def test_a_model_of_which_nothing_can_be_swapped_is_refused() -> None:

@@ -15,7 +15,7 @@ import sparse_bwd as sb
 from sparse_bwd.selection.policy import Policy
 from sparse_bwd.selection.probe import noise_images
 from sparse_bwd.training import seeding
-from sparse_bwd.training.config import RunConfig, Runtime, parse_budget
+from sparse_bwd.training.config import LABELLED, PROBED, RunConfig, Runtime, parse_budget
 from sparse_bwd.training.data import DataOptions, Source, open_source
 from sparse_bwd.training.errors import UserError
 from sparse_bwd.training.loader import TrainLoader, stacked
@@ -64,14 +64,14 @@ def prepare(config: RunConfig, runtime: Runtime, resuming: bool = False) -> Prep
     source = open_data(config, runtime)
     source.train.check()
     source.test.check()
-    train, probe = _split_probe(source, config)
+    train, probe, labels = _split_probe(source, config)
     torch.manual_seed(seeding.derive(config.seed, "model"))
     model, notes = _make_model(config, len(source.classes), device, resuming)
     notes.insert(0, f"data: {len(train)} training and {len(source.test)} test images; {source.notes}")
     images = config.preprocessing.normalise(probe).to(device)
     with sentences(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        policy = make_policy(model, config, images)
+        policy = make_policy(model, config, images, labels.to(device))
     notes += [f"warning: {warning.message}" for warning in caught]
     recipe = config.recipe
     transform = config.preprocessing.training(recipe.augment, recipe.flip)
@@ -100,24 +100,28 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"The device '{name}' cannot be used here ({reason}); use --device cpu.") from error
 
 
-def _split_probe(source: Source, config: RunConfig) -> tuple[Samples, Tensor]:
-    """Training images without the probe, and the probe, uint8 [N, 3, H, W]: drawn once with the run's seed."""
+def _split_probe(source: Source, config: RunConfig) -> tuple[Samples, Tensor, Tensor]:
+    """Training images without the probe, the probe, uint8 [N, 3, H, W], and its class numbers [N]; noise has none.
+
+    Drawn once with the run's seed.
+    """
     count, seed = config.recipe.probe_images, seeding.derive(config.seed, "probe")
-    if config.policy in ("velocity", "slowest") and count == 0:
-        raise UserError(
-            f"The policy {config.policy} measures velocity on the probe: --probe-images must be above 0."
-        )
+    if config.policy in PROBED and count == 0:
+        raise UserError(f"The policy {config.policy} measures on the probe: --probe-images must be above 0.")
     if config.probe == "noise":
+        if config.policy in LABELLED:
+            raise UserError(f"The policy {config.policy} needs images with labels: leave out --probe noise.")
         pixels = 255 * noise_images(max(count, 1), config.preprocessing.image_size, seed=seed)
-        return source.train, pixels.to(torch.uint8)
+        return source.train, pixels.to(torch.uint8), torch.empty(0)
     if len(source.train) <= count:
         raise UserError(
             f"The data has {len(source.train)} training images, but {count} of them are set aside as the probe: more "
             "are needed."
         )
     order = seeding.permutation(len(source.train), seed)
-    probe = stacked(source.train.select(order[: max(count, 1)]), config.preprocessing.evaluation())
-    return source.train.select(sorted(order[count:])), probe
+    probe = source.train.select(order[: max(count, 1)])
+    images = stacked(probe, config.preprocessing.evaluation())
+    return source.train.select(sorted(order[count:])), images, torch.tensor(probe.targets)
 
 
 def _make_model(
@@ -144,7 +148,7 @@ def _make_model(
     return model, notes
 
 
-def make_policy(model: nn.Module, config: RunConfig, probe: Tensor) -> Policy:
+def make_policy(model: nn.Module, config: RunConfig, probe: Tensor, labels: Tensor) -> Policy:
     """The policy of the configuration. ValueError or TypeError, in a sentence, for what it cannot do."""
     axis: Any = config.resolved_axis
     if config.policy == "full":
@@ -155,11 +159,21 @@ def make_policy(model: nn.Module, config: RunConfig, probe: Tensor) -> Policy:
         return sb.SparseUpdatePolicy(
             model, config.scheme, axis=axis, norm_shift=config.norm_shift, seed=config.seed
         )
+    if config.policy == "neq":
+        return sb.NEqPolicy(
+            model, probe, config.threshold, pin=config.pin, axis=axis, measure=config.velocity
+        )
     amount: dict[str, Any] = dict(parse_budget(config.budget))
     budget = sb.Budget(**amount)
     seed = seeding.derive(config.seed, "policy")
     if config.policy == "random":
         return sb.RandomPolicy(model, budget, axis=axis, seed=seed)
+    if config.policy == "trady":
+        return sb.TraDyPolicy(model, budget, (probe, labels), axis=axis, seed=seed)
+    if config.policy == "gradient":
+        return sb.GradientNormPolicy(model, budget, (probe, labels), axis=axis)
+    if config.policy == "weight":
+        return sb.WeightNormPolicy(model, budget, axis=axis)
     order = "slowest" if config.policy == "slowest" else "fastest"
     return sb.VelocityPolicy(
         model,
