@@ -1,6 +1,7 @@
 """Predicted memory against measured memory; the model is not touched."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch

@@ -14,7 +14,7 @@ from sparse_bwd.selection.budget import Budget
 from sparse_bwd.selection.costs import greedy_prefix
 from sparse_bwd.selection.policy import BudgetPolicy, Policy
 from sparse_bwd.selection.probe import check_probe
-from sparse_bwd.selection.responses import Meter, ResponseMeter
+from sparse_bwd.selection.responses import ResponseMeter
 from sparse_bwd.selection.schemes import CRITERIA, Scheme, check_scheme, find_scheme, scheme_selection
 from sparse_bwd.selection.selection import Channels, Selection
 from sparse_bwd.selection.sketch import NUMBERS, SketchMeter
@@ -194,7 +194,9 @@ class VelocityPolicy(BudgetPolicy):
         self.meter.load_state_dict(state["responses"])
 
 
-def make_meter(measure: str, storage: torch.dtype | None, numbers: int, seed: int) -> Meter:
+def make_meter(
+    measure: str, storage: torch.dtype | None, numbers: int, seed: int
+) -> ResponseMeter | SketchMeter:
     """The meter that `measure` names; storage None is its default. ValueError if there is none."""
     if measure == "exact":
         return ResponseMeter(torch.float32 if storage is None else storage)
