@@ -5,7 +5,6 @@ from torch import nn
 
 import sparse_bwd as sb
 from sparse_bwd.selection import BudgetPolicy, RankedPolicy
-from sparse_bwd.selection.costs import prefix_length
 
 
 class LastLayersPolicy(RankedPolicy):
@@ -24,9 +23,9 @@ class RoundRobinPolicy(BudgetPolicy):
 
     def _choose(self):
         order = torch.arange(len(self.table)).roll(-self.start)
-        length = prefix_length(self.table.cost[order], self.budget)
-        self.start = (self.start + length) % len(self.table)
-        return self._select(order[:length])
+        selection = self._take(order)  # as many as the budget pays for
+        self.start = (self.start + selection.summary(self.model).channels) % len(self.table)
+        return selection
 
     def state_dict(self):
         return {**super().state_dict(), "start": self.start}

@@ -219,10 +219,13 @@ class BudgetPolicy(Policy):
             )
         return self.table.selection(rows, self.bias)
 
+    def _take(self, order: torch.Tensor) -> Selection:
+        """Selection of the rows `order`, best first, up to the first that the budget does not pay for."""
+        return self._select(order[: prefix_length(self.table.cost[order], self.budget)])
+
     def _draw(self) -> Selection:
         """Greedy prefix of a uniform permutation of all channels."""
-        order = torch.randperm(len(self.table), generator=self.generator)
-        return self._select(order[: prefix_length(self.table.cost[order], self.budget)])
+        return self._take(torch.randperm(len(self.table), generator=self.generator))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "generator": self.generator.get_state()}

@@ -13,12 +13,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_bwd.nn import layers
 from sparse_bwd.selection.budget import Budget
-from sparse_bwd.selection.costs import greedy_prefix
 from sparse_bwd.selection.gradients import GradientMeter
 from sparse_bwd.selection.policy import BudgetPolicy, Policy
 from sparse_bwd.selection.selection import Selection
@@ -77,8 +77,8 @@ class RankedPolicy(BudgetPolicy):
                 f"{type(self).__name__}._score() must give {len(self.table)} finite numbers, one per channel; "
                 f"got {found}."
             )
-        ranked = -score if self.order == "smallest" else score
-        return self._select(greedy_prefix(ranked, self.table.cost, self.budget))
+        best_first = torch.sort(score, descending=self.order == "largest", stable=True).indices
+        return self._take(best_first)
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must have been made with; subclasses add theirs."""

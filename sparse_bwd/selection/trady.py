@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_bwd.selection.budget import Budget
-from sparse_bwd.selection.costs import prefix_length
 from sparse_bwd.selection.gradients import GradientMeter
 from sparse_bwd.selection.policy import BudgetPolicy
 from sparse_bwd.selection.ranked import check_settings, gradient_norms
@@ -79,8 +78,7 @@ class TraDyPolicy(BudgetPolicy):
             self.top_layers = self._rank()
         kept = torch.tensor([name in self.top_layers for name in self.table.names])
         rows = kept[self.table.layer].nonzero().flatten()
-        order = rows[torch.randperm(len(rows), generator=self.generator)]
-        return self._select(order[: prefix_length(self.table.cost[order], self.budget)])
+        return self._take(rows[torch.randperm(len(rows), generator=self.generator)])
 
     def _rank(self) -> tuple[str, ...]:
         """Names of the fewest layers that hold the share, in the order of the table."""
