@@ -123,6 +123,19 @@ def test_with_enough_numbers_a_sketch_is_exact(model):
         assert len(meter.shapes["hidden"]) == 2
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 64, 64), (10, 960, 4, 4), (1, 1, 70000)], ids=str)
+def test_the_number_of_threads_changes_no_bit(shape):
+    new, before, found = torch.randn(shape), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(torch.zeros(shape[1], 16, dtype=torch.float64))
+            response_sketch(new, found[-1], 3, 5)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(found[0], found[1])
+
+
 def test_zero_responses():
     """METHOD 1.1: both zero 1, one zero 0, in a mean over samples of both kinds; two calls continue one vector."""
     conv = sb.SparseConv2d(1, 4, 1, bias=False)

@@ -12,6 +12,7 @@ from sparse_bwd.selection.policies import (
     VelocityPolicy,
 )
 from sparse_bwd.selection.policy import BudgetPolicy, Policy, PolicyReport
+from sparse_bwd.selection.probe import noise_images
 from sparse_bwd.selection.ranked import GradientNormPolicy, RankedPolicy, WeightNormPolicy
 from sparse_bwd.selection.schemes import SCHEMES, Scheme
 from sparse_bwd.selection.selection import Channels, Selection, Summary
@@ -40,4 +41,5 @@ __all__ = [
     "WeightNormPolicy",
     "apply",
     "cost_table",
+    "noise_images",
 ]
