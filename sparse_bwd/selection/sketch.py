@@ -6,7 +6,7 @@ With u_t the responses of a channel at measurement t, each of the N samples divi
     s_t = S u_t,  E |s_t - s_{t-1}|^2 = |u_t - u_{t-1}|^2      S: random signs, one matrix for all t (`ops/sketch.py`)
 
 so that what is measured is 1 - |s_t - s_{t-1}|^2 / (2 N). Why not <s_t, s_{t-1}> / N, which has the same expectation:
-its error is about r^-1/2 whatever phi is, while velocity lives on 1 - phi, which is 1e-2 to 1e-6 in fine-tuning. The
+its error is about r^-1/2 whatever phi is, while velocity lives on 1 - phi, which is far smaller in fine-tuning. The
 difference has an error of sqrt(2 / r) of 1 - phi itself, which is the least that any estimate from r random
 projections has as phi goes to 1. What has not moved gives exactly phi = 1.
 
