@@ -6,6 +6,9 @@ import torch
 from torch import nn
 
 import sparse_bwd as sb
+from sparse_bwd.selection.costs import CostTable
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Small(nn.Module):
@@ -50,6 +53,24 @@ def train(model: nn.Module, seed: int) -> None:
     model(torch.randn(8, 3, 6, 6, generator=generator)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def batches(count: int = 1, size: int = 12, images: int = 4, classes: int = 3) -> Batches:
+    """Labelled images, the same in every call."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (
+            torch.randn(images, 3, size, size, generator=generator),
+            torch.randint(classes, (images,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def rows_of(selection: sb.Selection, table: CostTable) -> set[int]:
+    """The rows of the table that a selection trains."""
+    starts = dict(zip(table.names, torch.tensor([0, *table.sizes[:-1]]).cumsum(0).tolist(), strict=True))
+    return {starts[name] + int(i) for name, c in selection.items() for i in c.index}
 
 
 def trained(model: nn.Module) -> dict[str, list[int] | None]:

@@ -38,8 +38,9 @@ class NEqPolicy(Policy):
         threshold: a channel is at equilibrium if |velocity| is at most this; 1e-3 unless `top` is given.
         top: instead, the share of each layer's channels, of largest |velocity|, that is trained.
         pin: a channel that was frozen once is never trained again.
-        measure: "exact" (the threshold is a number, not a rank) or "sketch", as in `VelocityPolicy`, or "weights": similarity of successive weights in place of
-            responses (`param_norm` of the authors' code), which keeps a copy of the weights and needs no probe.
+        measure: "exact" or "sketch" as in `VelocityPolicy`; exact by default, since the threshold is a number and not a
+            rank. Or "weights": similarity of successive weights in place of responses (`param_norm` of the authors'
+            code), which keeps a copy of the weights and needs no probe.
         recursion, mu: form of the velocity; the authors' is "reference" with 0.5.
         warmup: steps that select `first`, at least 1: velocity needs two measurements.
         first: "full" or a selection.

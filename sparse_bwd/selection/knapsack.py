@@ -1,0 +1,169 @@
+"""Which channels to train where layers cost something to open: a knapsack with fixed charges.
+
+    maximise   sum of the scores of the chosen channels
+    subject to sum over layers (k_l unit_l) + sum of charge_g over groups with an open layer + depth_d  <=  budget
+
+k_l channels of layer l are chosen, those of highest score; a layer is open if k_l >= 1; layers that keep the same
+input are one group and pay for it once; d is the first open layer, and depth_d what all layers after it cost by that.
+
+For a fixed set of open layers the best channels are those whose score per unit exceeds one price lambda, common to all
+layers. Tables of cost and score over a grid of prices judge thousands of sets in a few matrix products: first those
+that are optimal for some price (the Lagrangian relaxation) behind each possible d, then the neighbours of the best by
+opening, closing or exchanging a layer, until none is better. The last bytes are filled channel by channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PRICES = 192
+CANDIDATES = 8  # sets whose last bytes are filled before the best is known
+
+
+@dataclass(frozen=True)
+class Charges:
+    """Costs of layers 0 ... L - 1 in forward order, in any one unit (bytes, operations).
+
+    unit: [L] per channel; group: [L] int64, the group of each layer; charge: [G] per group with an open layer;
+    depth: [L] if the layer is the first open one, not increasing.
+    """
+
+    unit: Tensor
+    group: Tensor
+    charge: Tensor
+    depth: Tensor
+
+    def cost(self, counts: Tensor) -> float:
+        """Cost of `counts` [L] chosen channels per layer."""
+        is_open = counts > 0
+        if not bool(is_open.any()):
+            return 0.0
+        groups = torch.zeros(len(self.charge), dtype=torch.bool)
+        groups[self.group[is_open]] = True
+        first = int(is_open.nonzero()[0])
+        return float((counts * self.unit).sum() + self.charge[groups].sum() + self.depth[first])
+
+
+def solve(scores: list[Tensor], charges: Charges, budget: float) -> Tensor:
+    """Channels to choose per layer, int64 [L]: the best ones of each layer, by score.
+
+    Args:
+        scores: per layer its channels' scores, not negative, in any order.
+        budget: the most that the choice may cost.
+    """
+    ordered = [torch.sort(score.double(), descending=True).values for score in scores]
+    tables = _Tables(ordered, charges)
+    best = _best(tables, tables.priced(), budget)
+    while True:
+        near = torch.cat([best[0][1][None], _neighbours(best[0][1])])
+        better = _best(tables, near, budget)
+        if better[0][0] <= best[0][0] * (1 + 1e-9):
+            break
+        best = better
+    filled = [_fill(ordered, charges, counts, budget) for _, _, counts in best]
+    return max(filled, key=lambda counts: _total(ordered, counts))
+
+
+class _Tables:
+    """Channels and scores of each layer at each price: `count`, `score` [L, P]; `price` [P], falling."""
+
+    def __init__(self, ordered: list[Tensor], charges: Charges) -> None:
+        self.charges = charges
+        density = torch.cat([score / unit for score, unit in zip(ordered, charges.unit, strict=True)])
+        quantiles = torch.linspace(1, 0, PRICES, dtype=torch.float64)
+        positions = (quantiles * (len(density) - 1)).round().long()
+        self.price = torch.sort(density).values[positions].unique().flip(0)
+        rows = []
+        for score, unit in zip(ordered, charges.unit, strict=True):
+            # the channels whose score is at least price x unit: a prefix of the falling scores
+            rows.append(torch.searchsorted(-score, -(self.price * unit), right=True))
+        self.count = torch.stack(rows)
+        sums = [torch.cat([score.new_zeros(1), score.cumsum(0)]) for score in ordered]
+        self.score = torch.stack([total[row] for total, row in zip(sums, self.count, strict=True)])
+        self.spent = self.count * charges.unit[:, None]
+        self.members = torch.zeros(len(charges.unit), len(charges.charge), dtype=torch.float64)
+        self.members[torch.arange(len(charges.unit)), charges.group] = 1
+
+    def priced(self) -> Tensor:
+        """Sets [n, L] (bool) that are optimal at some price, among the layers behind each possible first one."""
+        layers = len(self.charges.unit)
+        share = self.charges.charge[self.charges.group] / self.members.sum(0)[self.charges.group]
+        gain = (self.score - self.price * (self.spent + share[:, None]))[:, ::3]
+        behind = torch.ones(layers, layers).triu().bool()  # row d: layers d ... L - 1
+        sets = ((gain > 0).t()[:, None, :] & behind[None]).reshape(-1, layers)
+        return torch.cat([torch.zeros(1, layers, dtype=torch.bool), behind, sets]).unique(dim=0)
+
+    def fixed(self, sets: Tensor) -> Tensor:
+        """What the sets [n, L] pay whatever the price: groups and depth, [n]."""
+        z = sets.double()
+        first = sets.int().argmax(1)
+        opened = ((z @ self.members) > 0).double() @ self.charges.charge
+        return torch.where(sets.any(1), opened + self.charges.depth[first], 0.0)
+
+
+def _best(tables: _Tables, sets: Tensor, budget: float) -> list[tuple[float, Tensor, Tensor]]:
+    """The most promising of `sets` [n, L], best first: value, set and channels per layer at the lowest fitting price.
+
+    The value counts what is left of the budget at that price, about what filling it will bring.
+    """
+    z = sets.double()
+    left = budget - tables.fixed(sets)[:, None] - z @ tables.spent.double()
+    column = (left >= 0).sum(1) - 1  # what is spent rises along the prices
+    row = torch.arange(len(sets))
+    rest = left[row, column] * tables.price[(column + 1).clamp(max=len(tables.price) - 1)]
+    value = torch.minimum((z @ tables.score)[row, column] + rest, z @ tables.score[:, -1])
+    value = value.masked_fill(column < 0, -1.0)
+    best = value.topk(min(CANDIDATES, len(sets))).indices.tolist()
+    found = [
+        (float(value[i]), sets[i], tables.count[:, column[i]] * sets[i]) for i in best if float(value[i]) >= 0
+    ]
+    nothing = torch.zeros(sets.shape[1], dtype=torch.int64)
+    return found or [(0.0, nothing.bool(), nothing)]
+
+
+def _neighbours(chosen: Tensor) -> Tensor:
+    """Sets that differ from `chosen` [L] in one layer, or exchange an open one for a closed one."""
+    layers = len(chosen)
+    one = chosen ^ torch.eye(layers, dtype=torch.bool)
+    inside, outside = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+    pairs = torch.cartesian_prod(inside, outside).reshape(-1, 2)
+    two = chosen.repeat(len(pairs), 1)
+    two[torch.arange(len(pairs)), pairs[:, 0]] = False
+    two[torch.arange(len(pairs)), pairs[:, 1]] = True
+    return torch.cat([one, two])
+
+
+def _fill(ordered: list[Tensor], charges: Charges, counts: Tensor, budget: float) -> Tensor:
+    """Spend what is left: on the best channels of open layers by score per unit, then on layers still closed."""
+    counts = _extend(ordered, charges, counts, budget)
+    for layer in (counts == 0).nonzero().flatten().tolist():
+        opened = counts.clone()
+        opened[layer] = 1
+        if charges.cost(opened) <= budget:
+            counts = _extend(ordered, charges, opened, budget)
+    return counts
+
+
+def _extend(ordered: list[Tensor], charges: Charges, counts: Tensor, budget: float) -> Tensor:
+    """Add channels of open layers, best score per unit first, while they fit."""
+    counts, left = counts.clone(), budget - charges.cost(counts)
+    waiting: list[tuple[float, float, int]] = []
+    for layer in counts.nonzero().flatten().tolist():
+        unit, start = float(charges.unit[layer]), int(counts[layer])
+        room = ordered[layer][start : start + int(left // unit)] / unit
+        waiting += [(density, unit, layer) for density in room.tolist()]
+    blocked: set[int] = set()  # a channel waits for the better ones of its layer
+    for _, unit, layer in sorted(waiting, key=lambda channel: -channel[0]):
+        if unit > left:
+            blocked.add(layer)
+        elif layer not in blocked:
+            counts[layer] += 1
+            left -= unit
+    return counts
+
+
+def _total(ordered: list[Tensor], counts: Tensor) -> float:
+    return sum(float(score[: int(k)].sum()) for score, k in zip(ordered, counts, strict=True))
