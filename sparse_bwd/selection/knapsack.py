@@ -94,7 +94,9 @@ class _Tables:
         gain = (self.score - self.price * (self.spent + share[:, None]))[:, ::3]
         behind = torch.ones(layers, layers).triu().bool()  # row d: layers d ... L - 1
         sets = ((gain > 0).t()[:, None, :] & behind[None]).reshape(-1, layers)
-        return torch.cat([torch.zeros(1, layers, dtype=torch.bool), behind, sets]).unique(dim=0)
+        sets = torch.cat([torch.zeros(1, layers, dtype=torch.bool), behind, sets])
+        distinct: Tensor = sets.unique(dim=0)
+        return distinct
 
     def fixed(self, sets: Tensor) -> Tensor:
         """What the sets [n, L] pay whatever the price: groups and depth, [n]."""

@@ -1,72 +1,33 @@
-"""The command line: parses, calls, prints. Heavy imports wait until a command runs, so that --help is quick."""
+"""`sparse-bwd finetune`."""
 
 from __future__ import annotations
 
-import functools
-import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import Annotated, Any
 
-try:
-    import typer
-except ImportError:  # a bare install has no command line
-    raise SystemExit(
-        "The command line needs the extra 'training': pip install 'sparse-bwd[training]'."
-    ) from None
+import typer
 
-P = ParamSpec("P")
-R = TypeVar("R")
-MIB = 2**20
-
-app = typer.Typer(
-    help="Fine-tune only selected channels of a network: the rest costs no work and no memory in backward.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+from sparse_bwd.cli.common import (
+    MIB,
+    Count,
+    Data,
+    DataRoot,
+    Device,
+    Download,
+    Json,
+    Model,
+    Number,
+    Workers,
+    app,
+    fail,
+    reports_errors,
+    show,
 )
 
 
-def main() -> None:
-    """Entry point of `sparse-bwd`."""
-    app()
-
-
-def _fail(sentence: str, code: int = 2) -> NoReturn:
-    typer.echo(f"Error: {' '.join(sentence.split())}" if code == 2 else sentence, err=True)
-    raise typer.Exit(code)
-
-
-def _reports_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """What the user can put right becomes one sentence and exit code 2; a stopped run exits as its signal would."""
-
-    @functools.wraps(command)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        from sparse_bwd.training.errors import Stopped, UserError, is_no_space
-
-        try:
-            return command(*args, **kwargs)
-        except UserError as error:
-            _fail(str(error))
-        except Stopped as stopped:
-            _fail(str(stopped), 128 + stopped.signal)
-        except KeyboardInterrupt:
-            _fail("Interrupted; a run that had begun goes on from its last checkpoint with --resume.", 130)
-        except OSError as error:
-            where = f" {error.filename}" if error.filename else ""
-            if is_no_space(error):
-                _fail(
-                    f"There is no room left to write{where or ' to --out'}: free some space, then go on with --resume."
-                )
-            _fail(f"{where.strip() or 'A file'} cannot be used: {error.strerror or error}.")
-
-    return wrapper
-
-
-def _numbers(text: str | None) -> tuple[float, float, float] | None:
+def numbers(text: str | None) -> tuple[float, float, float] | None:
     """Three numbers, or one that stands for all three channels."""
     if text is None:
         return None
@@ -79,28 +40,8 @@ def _numbers(text: str | None) -> tuple[float, float, float] | None:
     return (values[0], values[0], values[0]) if len(values) == 1 else (values[0], values[1], values[2])
 
 
-Model = Annotated[
-    str | None,
-    typer.Option(help="A torchvision or timm model, or package.module:factory (which runs that code)."),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="A folder (train/CLASS/*, test/CLASS/* or CLASS/*), digits, or a torchvision data set."
-    ),
-]
-DataRoot = Annotated[Path, typer.Option(help="Where torchvision's data sets are.")]
-Download = Annotated[bool, typer.Option(help="Let torchvision download the data set into --data-root.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0: in this one.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Count = Annotated[int | None, typer.Option(min=1)]
-Number = Annotated[float | None, typer.Option()]
-Word = Annotated[str | None, typer.Option()]
-
-
 @app.command()
-@_reports_errors
+@reports_errors
 def finetune(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the run; new or empty.")],
@@ -177,7 +118,7 @@ def finetune(
     """Fine-tune a network under a budget and leave the model, a log and the result in --out."""
     from sparse_bwd import training
 
-    options = {**context.params, "mean": _numbers(mean), "std": _numbers(std)}
+    options = {**context.params, "mean": numbers(mean), "std": numbers(std)}
     at_run_time = {name: options.pop(name) for name in _RUNTIME}
     for name in ("resume", "as_json"):
         options.pop(name)
@@ -189,12 +130,12 @@ def finetune(
         result = training.resume(config, runtime, state)
     else:
         if model is None or data is None:
-            _fail(
+            fail(
                 f"A new run needs --model and --data{' (there is no checkpoint in --out yet)' if resume else ''}."
             )
         config = training.configure(training.RunConfig(model, data), options)
         result = training.finetune(config, runtime, after_kill=resume)
-    _print(result, _summary(result, out), as_json)
+    show(result, _summary(result, out), as_json)
 
 
 _RUNTIME = (
@@ -209,60 +150,6 @@ _RUNTIME = (
     "measure",
     "quiet",
 )
-
-
-@app.command()
-@_reports_errors
-def evaluate(
-    run: Annotated[Path, typer.Option(help="Folder of a finished run.")],
-    data: Annotated[str, typer.Option(help="As for finetune; its test images are used.")],
-    model: Model = None,
-    data_root: DataRoot = Path("data"),
-    download: Download = False,
-    device: Device = "cpu",
-    workers: Workers = 0,
-    as_json: Json = False,
-) -> None:
-    """Top-1 accuracy of a finished run on test images."""
-    from sparse_bwd import training
-
-    found = training.evaluate_run(training.load_run(run, model, device), data, data_root, download, workers)
-    _print(found, f"{found['accuracy']:.2%} of {found['images']} images, loss {found['loss']:.4f}", as_json)
-
-
-@app.command()
-@_reports_errors
-def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    run: Annotated[Path, typer.Option(help="Folder of a finished run.")],
-    model: Model = None,
-    device: Device = "cpu",
-    top: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 3,
-    as_json: Json = False,
-) -> None:
-    """The likeliest classes of images."""
-    from sparse_bwd import training
-
-    rows = training.predict_images(training.load_run(run, model, device), images, top)
-    lines = [
-        f"{row['image']}: " + ", ".join(f"{p['class']} {p['probability']:.1%}" for p in row["predictions"])
-        for row in rows
-    ]
-    _print(rows, "\n".join(lines), as_json)
-
-
-@app.command()
-@_reports_errors
-def doctor(as_json: Json = False) -> None:
-    """What serves each operator on this machine and why, and what would make it faster."""
-    from sparse_bwd.doctor import examine, render
-
-    found = examine()
-    _print(found, render(found), as_json)
-
-
-def _print(result: Any, text: str, as_json: bool) -> None:
-    typer.echo(json.dumps(result, indent=2) if as_json else text)
 
 
 def _summary(result: dict[str, Any], out: Path) -> str:
