@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparse_bwd.memory.predict import Prediction, predict
@@ -20,7 +19,7 @@ from sparse_bwd.selection.flops import backward_flops
 from sparse_bwd.selection.limits import example_loss
 from sparse_bwd.selection.probe import in_mode
 
-VERSION = 1
+VERSION, MIB = 1, 2**20
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ENOUGH = 0.088  # the smallest share of the weights in the paper's tables
 RULE = (
