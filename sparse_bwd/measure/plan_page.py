@@ -17,7 +17,7 @@ KINDS = {
     "gradient": ("gradients", "#31446b", "...."),
     "velocity": ("velocity state", "#666970", "////"),
     "saved": ("kept for backward", "#cbba69", ""),
-    "transient": ("transient (not at once)", "#fdea9b", "xxxx"),
+    "transient": ("transient", "#fdea9b", "xxxx"),
 }
 COLUMNS = ("layer", "trained", "saved", "gradient", "optimizer", "velocity", "transient", "GFLOPs")
 TRANSIENT = (
@@ -28,6 +28,17 @@ SUM = (
     "A layer is a convolution or linear layer with the norm and activation behind it. The peak is not the sum of the "
     "columns, which are not at their highest at the same time; predicted for this machine."
 )
+LEAST = 0.005  # of the largest layer: a bar too short to be seen
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "hatch.linewidth": 0.4,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+}
 WIDTH = 110  # of text that goes to no terminal
 
 
@@ -127,38 +138,45 @@ def _table(columns: Sequence[str], cells: Sequence[tuple[str, ...]], width: int 
 
 
 def draw(plan: Mapping[str, Any], path: Path) -> None:
-    """Bytes by layer as stacked horizontal bars, from `Plan.to_dict`; layers that hold nothing are left out."""
+    """Bytes by layer, from `Plan.to_dict`: what is held, stacked, and beside it, on its own scale, the transient peak.
+
+    Layers that train nothing and hold next to nothing are left out, and counted below the axis.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row for row in plan["rows"] if sum(row[kind] for kind in KINDS)]
-    style = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "hatch.linewidth": 0.4,
-        "figure.constrained_layout.use": True,
-    }
-    with plt.rc_context(style):
-        figure, panel = plt.subplots(figsize=(8.0, 1.9 + 0.2 * len(rows)))
-        _bars(panel, rows)
-        panel.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=9)
-        panel.set_ylim(len(rows) - 0.4, -0.6)
-        panel.set_xlabel("memory of one training step (MiB)")
-        panel.grid(axis="x", color="#dddddd", linewidth=0.6)
-        panel.set_axisbelow(True)
-        figure.suptitle(_title(plan), fontsize=10, x=0.01, ha="left")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    least = LEAST * max((_size(row) for row in plan["rows"]), default=0)
+    rows = [row for row in plan["rows"] if row["trained"] or row["gradient"] or _size(row) > least]
+    with plt.rc_context(STYLE):
+        figure, (held, passing) = plt.subplots(
+            1, 2, sharey=True, width_ratios=(3, 2), figsize=(8.0, 2.2 + 0.19 * len(rows))
+        )
+        _bars(held, rows, [kind for kind in KINDS if kind != "transient"])
+        _bars(passing, rows, ["transient"])
+        held.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=9)
+        held.set_ylim(len(rows) - 0.4, -0.6)
+        held.set_title("held")
+        passing.set_title("in passing, one layer at a time")
+        passing.tick_params(axis="y", length=0)
+        held.set_xlabel("memory of one training step (MiB)")
+        passing.set_xlabel("memory (MiB)")
+        figure.suptitle(_title(plan, len(plan["rows"]) - len(rows)), fontsize=10, x=0.01, ha="left")
+        figure.legend(loc="outside lower center", ncols=len(KINDS), frameon=False, fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path)
         plt.close(figure)
 
 
-def _bars(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _size(row: Mapping[str, Any]) -> int:
+    return sum(row[kind] for kind in KINDS)
+
+
+def _bars(panel: Any, rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> None:
     left = [0.0] * len(rows)
-    for kind, (label, colour, hatch) in KINDS.items():
+    for kind in kinds:
+        label, colour, hatch = KINDS[kind]
         sizes = [row[kind] / MIB for row in rows]
         panel.barh(
             range(len(rows)),
@@ -172,6 +190,9 @@ def _bars(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             label=label,
         )
         left = [start + size for start, size in zip(left, sizes, strict=True)]
+    panel.set_xlim(0, 1.04 * max(left, default=0) or 1)
+    panel.grid(axis="x", color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
 
 
 def _label(row: Mapping[str, Any]) -> str:
@@ -179,10 +200,15 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{row['name']}{trained}"
 
 
-def _title(plan: Mapping[str, Any]) -> str:
+def _title(plan: Mapping[str, Any], omitted: int) -> str:
     words = plan["settings"]
-    head = f"{words['model']}, batch {words['batch']} at {words['image']}, {words['policy']}, axis {words['axis']}"
-    return (
-        f"{head}\nneeded {plan['needed'] / MIB:,.1f} MiB beyond the network of {plan['network'] / MIB:,.1f} MiB; "
-        f"budget {plan['budget']['words']}"
-    )
+    lines = [
+        f"{words['model']}, batch {words['batch']} at {words['image']}, {words['policy']}, axis {words['axis']}; "
+        f"budget {plan['budget']['words']}",
+        f"needed {plan['needed'] / MIB:,.1f} MiB beyond the network of {plan['network'] / MIB:,.1f} MiB",
+    ]
+    if omitted:
+        lines.append(
+            f"{omitted} layers left out, which train nothing and hold less than {LEAST:.1%} of the largest"
+        )
+    return "\n".join(lines)

@@ -14,7 +14,6 @@ import sparse_bwd as sb
 from sparse_bwd.measure import plan as plans
 from sparse_bwd.memory.explain import explain as explain_kept
 from sparse_bwd.memory.predict import OPTIMIZERS
-from sparse_bwd.memory.simulate import fake_copy, simulation
 from sparse_bwd.selection import Policy, noise_images
 from sparse_bwd.training.config import AXES, parse_budget
 from sparse_bwd.training.errors import UserError, unknown
@@ -158,10 +157,8 @@ def make_policy(asked: Question, model: nn.Module, budget: sb.Budget | None, axi
 
 
 def advice(model: nn.Module, batch: Tensor) -> list[str]:
-    """What the library's `explain` says about layouts and layers that stay dense, on fake tensors."""
-    fake, mode = fake_copy(model)
-    with simulation(mode):
-        found = explain_kept(fake, mode.from_tensor(batch))
+    """What the library's `explain` says about layouts and layers that stay dense; it runs one forward for real."""
+    found = explain_kept(model, batch)
     dense = [f"{name} stays dense: {reason}" for name, reason in found.dense.items()]
     return [*found.layouts.findings(), *dense]
 
