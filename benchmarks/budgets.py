@@ -112,8 +112,8 @@ def page(record: Json) -> str:
     """The results as Markdown."""
     lines = [
         "# Byte budgets",
-        f"Batch 8 at {SIZE}x{SIZE}, fp32, norms frozen, SGD with momentum. Needed: what a step takes beyond the network "
-        "and the batch, predicted; measured: the same, measured in the third step after the selection.",
+        f"Batch 8 at {SIZE}x{SIZE}, fp32, norms frozen, SGD with momentum. Needed: what a step takes beyond the "
+        "network and the batch, predicted; measured: the same, measured in the third step after the selection.",
         "| network | layout | axis | policy | budget MiB | needed / budget | measured / budget | needed / measured "
         "| channels / layers |\n|---|---|---|---|--:|--:|--:|--:|--:|",
     ]
@@ -125,8 +125,8 @@ def page(record: Json) -> str:
         )
     lines += [
         "## The choice alone",
-        "Time of the knapsack (median of 7) and its total score, as a share of a bound that no choice exceeds, at a share "
-        "of the bytes of everything. Goals: 50 ms on ResNet-50, 0.98.",
+        "Time of the knapsack (median of 7) and its total score, as a share of a bound that no choice exceeds, at a "
+        "share of the bytes of everything. Goals: 50 ms on ResNet-50, 0.98.",
         "| network | axis | share of the bytes | channels | ms | score / bound |\n|---|---|--:|--:|--:|--:|",
     ]
     for row in record["chosen"]:
