@@ -146,7 +146,7 @@ def test_the_recommendation_fits(tmp_path: Path) -> None:
     batch = make_batch(asked, best.batch)
     budget = sb.Budget(bytes=best.budget, batch=batch)
     model, policy = applied(replace(asked, axis=best.axis), budget)
-    needed = sb.memory.predict(model, None, batch, loss=example_loss).needed + plans.held_bytes(policy)
+    needed = sb.memory.predict(model, None, batch, loss=example_loss).needed + policy.held_bytes
     assert needed == best.needed
     assert network + needed <= total
 
@@ -197,6 +197,6 @@ def test_the_smallest_total_that_is_named_fits() -> None:
         explain_fit(asked, 1024)
     least = int(str(error.value).split("(")[1].split("B")[0])
     found, best, network = explain_fit(asked, least)
-    assert [fit.batch for fit in found] == [1, 1]
-    assert network + found[0].floor == least
+    assert {fit.batch for fit in found} == {1}
+    assert network + min(fit.floor for fit in found) == least
     assert best is None

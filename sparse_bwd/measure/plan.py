@@ -87,11 +87,6 @@ def network_bytes(model: nn.Module) -> int:
     return unique_bytes([t for t in [*model.parameters(), *model.buffers()] if id(t) not in mine])
 
 
-def held_bytes(policy: Policy) -> int:
-    """Bytes that a policy holds between its steps, as a byte budget counts them."""
-    return int(policy._held()) if hasattr(policy, "_held") else 0
-
-
 def make_plan(
     model: nn.Module,
     policy: Policy,
@@ -114,7 +109,7 @@ def make_plan(
         )
         flops = backward_flops(model, None, batch)
     rows = _rows(model, found, flops, policy.axis)
-    held = held_bytes(policy)
+    held = policy.held_bytes
     needed = found.needed - found.velocity + held
     return Plan(
         settings=settings,
@@ -242,7 +237,7 @@ def fit_one(
 ) -> Fit:
     """What a policy on `axis` trains with `batch` within `total` bytes."""
     room = total - network_bytes(model)
-    held = held_bytes(make_policy(None, axis))
+    held = make_policy(None, axis).held_bytes
     with in_mode(model, training=True):
         nothing = predict(model, Selection(), batch, optimizer, example_loss)
     floor = nothing.needed + held
@@ -257,7 +252,7 @@ def fit_one(
     report = policy.report
     assert report is not None
     with in_mode(model, training=True):
-        needed = predict(model, None, batch, optimizer, example_loss).needed + held_bytes(policy)
+        needed = predict(model, None, batch, optimizer, example_loss).needed + policy.held_bytes
         flops = sum(backward_flops(model, None, batch).values())
     if needed > room:
         return none

@@ -147,10 +147,11 @@ class VelocityPolicy(BudgetPolicy):
         check_scheme(self.model, scheme)
         return scheme
 
-    def _held(self) -> int:
+    @property
+    def held_bytes(self) -> int:
         if self._responses is None:
             self._responses = velocity_bytes(self.model, self.probe, *self._measured_by)
-        return super()._held() + self._responses
+        return super().held_bytes + self._responses
 
     @property
     def velocity_bytes(self) -> int:

@@ -95,6 +95,11 @@ class Policy(ABC):
         """Bytes held between steps to measure velocity."""
         return 0
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the policy holds between steps in all, known before the first; a byte budget pays for them too."""
+        return self.table.nbytes
+
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> Selection:
         """Choose the next selection, apply it to the model and return it.
 
@@ -223,7 +228,7 @@ class BudgetPolicy(Policy):
         self.generator = torch.Generator().manual_seed(seed)
         self.limits, self.need = None, Need()
         if budget.of_steps:
-            self.limits = Limits(model, self.table, budget, bias, self._held)
+            self.limits = Limits(model, self.table, budget, bias, lambda: self.held_bytes)
             return
         self.budget = budget.weights(self.table.total)
         if 0 < self.budget < self.table.cheapest:
@@ -232,10 +237,6 @@ class BudgetPolicy(Policy):
                 f"{self.table.cheapest:,}; nothing will be selected.",
                 stacklevel=3,
             )
-
-    def _held(self) -> int:
-        """Bytes that the policy holds between steps, which a byte budget pays for too."""
-        return self.table.nbytes
 
     def _select(self, rows: torch.Tensor) -> Selection:
         """Selection of `rows`, with a warning where there is none although the budget pays for a channel."""

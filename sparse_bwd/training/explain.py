@@ -118,7 +118,7 @@ def explain_fit(asked: Question, total: int) -> tuple[list[plans.Fit], plans.Fit
         warnings.simplefilter("ignore")
         found = plans.fits(model, total, batch_of, policy_for, asked.optimizer, axes)
         if not found:
-            held = min(plans.held_bytes(policy_for(None, axis)) for axis in axes)
+            held = min(policy_for(None, axis).held_bytes for axis in axes)
             least = plans.smallest_total(model, batch_of(1), asked.optimizer) + held
             raise UserError(
                 f"Nothing fits {total / plans.MIB:,.2f} MiB: the smallest total is {least / plans.MIB:,.2f} MiB "
