@@ -212,6 +212,26 @@ def test_a_library_that_is_not_ours_costs_one_warning(other: bool, tmp_path: Pat
     assert "plain PyTorch serves instead. Build it again" in run.stderr
 
 
+@needs_compiler
+def test_a_missing_symbol_costs_one_warning(tmp_path: Path) -> None:
+    """A binary for a torch that has what this one lacks."""
+    copy_sources(tmp_path, csrc=False)
+    library = tmp_path / "sparse_bwd" / "_native_cpu.abi3.so"
+    source = (
+        'extern "C" void aoti_torch_of_tomorrow(); struct Init { Init() { aoti_torch_of_tomorrow(); } } init;'
+    )
+    build_native.find_compiler()
+    words = [os.environ["CXX"], "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+    subprocess.run(words, input=source, text=True, check=True)
+    program = "import torch, sparse_bwd as sb; print(sb.ReLU()(torch.tensor([-1.0, 2.0])))"
+    words = [sys.executable, "-W", "always", "-c", program]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "tensor([0., 2.])\n", done.stderr
+    assert (
+        done.stderr.count("RuntimeWarning") == 1 and "undefined symbol: aoti_torch_of_tomorrow" in done.stderr
+    )
+
+
 def test_a_library_without_all_kernels_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_native_cpu.abi3.so").touch()
     monkeypatch.setattr(backend, "__file__", str(tmp_path / "ops" / "backend.py"))
