@@ -150,7 +150,18 @@ class ByteModel:
         def of_biases(n_bias: int) -> int:
             return self.needed(Choice(n_bias, {}), len(network))
 
-        return _problem(parts, grid, network, of_channels, of_biases)
+        problem = _problem(parts, grid, network, of_channels, of_biases)
+        return problem if network.shifts else self._reaching(problem)
+
+    def _reaching(self, problem: Problem) -> Problem:
+        """Where biases cost nothing, the depth of the deepest trained layer still does: n_bias then stands for it."""
+        reach = {0: problem.biases[0]}
+        for conv, options in problem.layers.items():
+            ratio = min(options)
+            n_bias = problem.convs - conv
+            needed = self.needed(Choice(n_bias, {conv: ratio}), problem.convs)
+            reach[n_bias] = Part(0.0, max(needed - options[ratio].cost, 0))
+        return Problem(problem.convs, problem.layers, reach)
 
 
 def evolve_bytes(problem: Problem, model: ByteModel, limit: Limit, seed: int) -> Found:
