@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of a run")
+    parser.add_argument("--shard", default="1/1", help="i/n: every n-th run of the plan, from the i-th")
     parser.add_argument("--time", action="store_true", help="measure step times instead of accuracy")
     parser.add_argument("--report", type=Path, help="write this .json and .md from what is finished")
     options = parser.parse_args()
@@ -42,21 +43,16 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.report:
         return report(plan, options)
-    folder = unpack(options.data, options.out / "data")
-    for seed in range(TIMED_ROUNDS) if options.time else plan["seeds"]:
-        for case, arguments in plan["cases"].items():
-            name = run_name("time" if options.time else case, case if options.time else None, seed)
-            extra = TIMED if options.time else []
-            sources = [
-                "--data",
-                str(folder),
-                "--weights",
-                str(options.weights),
-                "--threads",
-                str(options.threads),
-            ]
-            command = [*plan["common"], *arguments, *extra, *sources, "--seed", str(seed)]
-            finish(command, options.out / name)
+    sources = ["--data", str(unpack(options.data, options.out / "data")), "--weights", str(options.weights)]
+    sources += ["--threads", str(options.threads)]
+    first, step = map(int, options.shard.split("/"))
+    seeds = range(TIMED_ROUNDS) if options.time else plan["seeds"]
+    runs = [(seed, case) for seed in seeds for case in plan["cases"]]
+    for seed, case in runs[first - 1 :: step]:
+        name = run_name("time" if options.time else case, case if options.time else None, seed)
+        extra = TIMED if options.time else []
+        command = [*plan["common"], *plan["cases"][case], *extra, *sources, "--seed", str(seed)]
+        finish(command, options.out / name)
     return 0
 
 

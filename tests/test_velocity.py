@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sparse_bwd as sb
-from sparse_bwd.selection.probe import evaluating, noise_images
+from sparse_bwd.selection.probe import in_mode, noise_images
 from sparse_bwd.selection.responses import ResponseMeter, channel_view, similarity
 from sparse_bwd.selection.velocity import Velocity
 from tests.velocity_net import Net, edit, shapes
@@ -198,7 +198,7 @@ def test_a_failing_forward_leaves_no_hooks(model):
         meter.state_dict()
 
 
-def test_evaluating_calls_the_users_train():
+def test_a_mode_for_a_while_calls_the_users_train():
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -209,7 +209,7 @@ def test_evaluating_calls_the_users_train():
             return super().train(mode)
 
     own = Own()
-    with evaluating(own):
+    with in_mode(own, training=False):
         assert not own.training
     assert own.training and own.modes == [False, True]
 

@@ -152,10 +152,21 @@ _RUNTIME = (
 )
 
 
+def _budget(result: dict[str, Any]) -> str:
+    """The budget of a run in the words of its unit."""
+    if result["budget"] is not None:
+        return f"{result['budget']:,}"
+    parts = []
+    if result["budget_bytes"] is not None:
+        parts.append(f"{result['needed_bytes'] / MIB:.1f} of {result['budget_bytes'] / MIB:.1f} MiB")
+    if result["budget_flops"] is not None:
+        parts.append(f"{result['backward_flops'] / 1e9:.3f} of {result['budget_flops'] / 1e9:.3f} GFLOPs")
+    return " and ".join(parts) or "none"
+
+
 def _summary(result: dict[str, Any], out: Path) -> str:
     """The result of a run for people."""
-    budget = "none" if result["budget"] is None else f"{result['budget']:,}"
-    spent = f"trained {result['cost']:,} of {result['total']:,} weights (budget {budget})"
+    spent = f"trained {result['cost']:,} of {result['total']:,} weights (budget {_budget(result)})"
     lines = [
         f"test accuracy {result['accuracy']:.2%} after {len(result['epochs'])} epochs ({result['policy']})",
         f"{spent} in {result['channels']:,} channels of {result['layers']} layers; "

@@ -2,7 +2,7 @@
 
 from .explain import Explanation, Row, explain
 from .layouts import Layouts
-from .peak import Peak, peak_bytes, resident_bytes, step_peak
+from .peak import Peak, held_between_steps, peak_bytes, resident_bytes, step_peak
 from .predict import Prediction, predict
 from .saved import Kept, SavedTensors, saved_bytes, saved_storages
 from .timeline import Timeline, timeline
@@ -17,6 +17,7 @@ __all__ = [
     "resident_bytes",
     "Peak",
     "explain",
+    "held_between_steps",
     "Explanation",
     "Row",
     "Layouts",

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparse_bwd.nn.compact import CompactLayer
+
 from .events import record
 from .saved import storage_key
+from .simulate import index_tensors
+from .timeline import state_tensors, unique_bytes
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,12 @@ def _live_tensors() -> Iterable[Tensor]:
         yield item
         if item.is_leaf and item.grad is not None and item.grad.layout is torch.strided:
             yield item.grad
+
+
+def held_between_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that training holds between steps beside the network: compact parameters, indices, optimizer state."""
+    copied = sum(module.copied_bytes for module in model.modules() if isinstance(module, CompactLayer))
+    return copied + unique_bytes(index_tensors(model)) + unique_bytes(state_tensors(optimizer))
 
 
 def step_peak(

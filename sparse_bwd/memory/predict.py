@@ -83,11 +83,7 @@ def predict(
         ValueError: an unknown optimizer; no loss where the output has no floating-point tensor; a selection that does
             not fit; a model or loss that reads values (`.item()`, boolean indexing).
     """
-    make = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
-    if make is None:
-        raise ValueError(
-            f"Unknown optimizer {optimizer!r}; known are {', '.join(OPTIMIZERS)}, or pass a function."
-        )
+    make = find_optimizer(optimizer)
     fake, mode = fake_copy(model)
     if selection is not None:
         from sparse_bwd.selection import apply
@@ -98,10 +94,7 @@ def predict(
     with simulation(mode):
         run.first_step(inputs)
         line = run.watched_step(inputs)
-        velocity = 0
-        if probe is not None:
-            bytes_of = _kept_bytes(measure, storage, numbers)
-            velocity = _velocity_bytes(fake, map_tensors(probe, mode.from_tensor), axis, bytes_of)
+    velocity = 0 if probe is None else velocity_bytes(model, probe, axis, measure, storage, numbers)
     copied = [module.copied_bytes for module in fake.modules() if isinstance(module, CompactLayer)]
     return Prediction(
         saved=sum(run.layers.values()),
@@ -113,6 +106,18 @@ def predict(
         peak=line.peak,
         layers=run.layers,
     )
+
+
+def find_optimizer(
+    optimizer: str | Callable[[list[nn.Parameter]], Optimizer],
+) -> Callable[[list[nn.Parameter]], Optimizer]:
+    """The function from parameters to an optimizer that a word of OPTIMIZERS stands for; a function as it is."""
+    make = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
+    if make is None:
+        raise ValueError(
+            f"Unknown optimizer {optimizer!r}; known are {', '.join(OPTIMIZERS)}, or pass a function."
+        )
+    return make
 
 
 def _kept_bytes(
@@ -130,12 +135,22 @@ def _kept_bytes(
     return lambda response, channels, first: response.numel() * size
 
 
-def _velocity_bytes(
-    model: nn.Module, probe: Any, axis: str, bytes_of: Callable[[Tensor, int, bool], int]
+def velocity_bytes(
+    model: nn.Module,
+    probe: Any,
+    axis: str = "out",
+    measure: str = "sketch",
+    storage: torch.dtype | None = None,
+    numbers: int | None = None,
 ) -> int:
-    """What is kept of the responses to the probe, and three float64 numbers per channel (selection/velocity.py)."""
+    """Bytes that a velocity policy with these settings holds between its steps; arguments as in `predict`.
+
+    What is kept of the responses to the probe, and three float64 numbers per channel (selection/velocity.py).
+    """
     from sparse_bwd.nn import SparseConv2d, SparseLinear, layers
 
+    fake, mode = fake_copy(model)
+    bytes_of = _kept_bytes(measure, storage, numbers)
     sizes: list[int] = []
     called: set[nn.Module] = set()
 
@@ -145,10 +160,10 @@ def _velocity_bytes(
         sizes.append(bytes_of(kept, layer.num_channels(axis), layer not in called))
         called.add(layer)
 
-    measured = [layer for layer in layers(model).values() if layer.selectable]
+    measured = [layer for layer in layers(fake).values() if layer.selectable]
     handles = [layer.register_forward_hook(record) for layer in measured]
-    with torch.no_grad():
-        call(model, probe)
+    with simulation(mode), torch.no_grad():
+        call(fake, map_tensors(probe, mode.from_tensor))
     for handle in handles:
         handle.remove()
     return sum(sizes) + sum(3 * 8 * layer.num_channels(axis) for layer in measured)

@@ -85,7 +85,7 @@ class Run:
             output = call(self.model, inputs)
             value = None if self.loss is None else self.loss(output)
         on_saved(saved)
-        value = _scalar_of(output) if value is None else value
+        value = scalar_of(output) if value is None else value
         del output
         if self.optimizer is None or not value.requires_grad:
             return
@@ -189,7 +189,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
 
 
-def _scalar_of(output: Any) -> Tensor:
+def scalar_of(output: Any) -> Tensor:
     """A scalar that reaches every floating-point tensor of the output."""
     parts = [tensor.sum() for tensor in tensors_of(output) if tensor.is_floating_point()]
     if not parts:

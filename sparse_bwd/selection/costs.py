@@ -60,6 +60,11 @@ class CostTable:
         return sum(self.sizes)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that the table's tensors take, and a selection of all its rows."""
+        return 4 * 8 * len(self)
+
+    @property
     def cheapest(self) -> int:
         """Weights of the cheapest channel."""
         return min(self.unit)

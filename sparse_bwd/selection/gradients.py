@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparse_bwd.nn import SparseConv2d, layers
 from sparse_bwd.nn.compact import synchronise
 from sparse_bwd.selection.costs import CostTable
-from sparse_bwd.selection.probe import call, evaluating, map_tensors
+from sparse_bwd.selection.probe import call, in_mode, map_tensors
 from sparse_bwd.selection.weights import Layer, channel_norms, groups_of
 
 MODES = ("eval", "current")
@@ -168,7 +168,7 @@ def unchanged(model: nn.Module, mode: str = "eval") -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
         if mode == "eval":
-            stack.enter_context(evaluating(model))
+            stack.enter_context(in_mode(model, training=False))
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)

@@ -14,6 +14,7 @@ opening, closing or exchanging a layer, until none is better. The last bytes are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 PRICES = 192
 CANDIDATES = 8  # sets whose last bytes are filled before the best is known
+MIXTURES = 8  # steps between one limit and another, under two of them
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,87 @@ class Charges:
         return float((counts * self.unit).sum() + self.charge[groups].sum() + self.depth[first])
 
 
-def solve(scores: list[Tensor], charges: Charges, budget: float) -> Tensor:
+@dataclass(frozen=True)
+class Limit:
+    """What a choice may cost, and how its cost is counted."""
+
+    charges: Charges
+    amount: float
+
+    def fits(self, counts: Tensor) -> bool:
+        """Whether `counts` [L] chosen channels per layer cost at most the amount."""
+        return self.charges.cost(counts) <= self.amount
+
+
+def solve(scores: list[Tensor], limits: Sequence[Limit]) -> Tensor:
     """Channels to choose per layer, int64 [L]: the best ones of each layer, by score.
 
     Args:
         scores: per layer its channels' scores, not negative, in any order.
-        budget: the most that the choice may cost.
+        limits: what the choice may cost, each in its own unit. Under several the weight of each in one common limit is
+            searched, so that the choice is good under all of them.
     """
     ordered = [torch.sort(score.double(), descending=True).values for score in scores]
+    weights = torch.zeros(len(limits), dtype=torch.float64)
+    weights[0] = 1
+    best = _solve_one(ordered, limits, weights)
+    if len(limits) == 1:
+        return best
+    for weights in _mixtures(len(limits)):
+        found = _solve_one(ordered, limits, weights)
+        if _total(ordered, found) > _total(ordered, best):
+            best = found
+    return best
+
+
+def _mixtures(count: int) -> Tensor:
+    """Weights of `count` limits in a common one, rows that add up to 1."""
+    steps = torch.cartesian_prod(*[torch.arange(MIXTURES + 1)] * count)
+    return steps[steps.sum(1) == MIXTURES].double() / MIXTURES
+
+
+def _solve_one(ordered: list[Tensor], limits: Sequence[Limit], weights: Tensor) -> Tensor:
+    """The best choice under the mixture of the limits, made to fit each of them."""
+    charges = _mixed(limits, weights)
     tables = _Tables(ordered, charges)
-    best = _best(tables, tables.priced(), budget)
+    best = _best(tables, tables.priced(), 1.0)
     while True:
         near = torch.cat([best[0][1][None], _neighbours(best[0][1])])
-        better = _best(tables, near, budget)
+        better = _best(tables, near, 1.0)
         if better[0][0] <= best[0][0] * (1 + 1e-9):
             break
         best = better
-    filled = [_fill(ordered, charges, counts, budget) for _, _, counts in best]
+    filled = [_fill(ordered, limits, charges.unit, _fitting(counts, limits)) for _, _, counts in best]
     return max(filled, key=lambda counts: _total(ordered, counts))
+
+
+def _mixed(limits: Sequence[Limit], weights: Tensor) -> Charges:
+    """One set of charges under which the limits, each with its weight, are the limit 1."""
+    parts = [
+        (limit.charges, float(w) / max(limit.amount, 1e-9)) for limit, w in zip(limits, weights, strict=True)
+    ]
+    return Charges(
+        unit=_sum([c.unit * w for c, w in parts]),
+        group=parts[0][0].group,
+        charge=_sum([c.charge * w for c, w in parts]),
+        depth=_sum([c.depth * w for c, w in parts]),
+    )
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0)
+
+
+def _fitting(counts: Tensor, limits: Sequence[Limit]) -> Tensor:
+    """`counts`, all lowered by the same share until they fit every limit."""
+    low, high = 0.0, 1.0
+    if all(limit.fits(counts) for limit in limits):
+        return counts
+    for _ in range(20):
+        middle = (low + high) / 2
+        fits = all(limit.fits((counts * middle).floor().long()) for limit in limits)
+        low, high = (middle, high) if fits else (low, middle)
+    return (counts * low).floor().long()
 
 
 class _Tables:
@@ -138,33 +203,38 @@ def _neighbours(chosen: Tensor) -> Tensor:
     return torch.cat([one, two])
 
 
-def _fill(ordered: list[Tensor], charges: Charges, counts: Tensor, budget: float) -> Tensor:
-    """Spend what is left: on the best channels of open layers by score per unit, then on layers still closed."""
-    counts = _extend(ordered, charges, counts, budget)
+def _fill(ordered: list[Tensor], limits: Sequence[Limit], weight: Tensor, counts: Tensor) -> Tensor:
+    """Spend what is left: on the best channels of open layers by score per `weight` [L], then on closed layers."""
+    counts = _extend(ordered, limits, weight, counts)
     for layer in (counts == 0).nonzero().flatten().tolist():
         opened = counts.clone()
         opened[layer] = 1
-        if charges.cost(opened) <= budget:
-            counts = _extend(ordered, charges, opened, budget)
+        if len(ordered[layer]) and all(limit.fits(opened) for limit in limits):
+            counts = _extend(ordered, limits, weight, opened)
     return counts
 
 
-def _extend(ordered: list[Tensor], charges: Charges, counts: Tensor, budget: float) -> Tensor:
-    """Add channels of open layers, best score per unit first, while they fit."""
-    counts, left = counts.clone(), budget - charges.cost(counts)
-    waiting: list[tuple[float, float, int]] = []
+def _extend(ordered: list[Tensor], limits: Sequence[Limit], weight: Tensor, counts: Tensor) -> Tensor:
+    """Add channels of open layers, best score per `weight` first, while they fit."""
+    counts, left = counts.clone(), [limit.amount - limit.charges.cost(counts) for limit in limits]
+    units = [limit.charges.unit.tolist() for limit in limits]
+    waiting: list[tuple[float, int]] = []
     for layer in counts.nonzero().flatten().tolist():
-        unit, start = float(charges.unit[layer]), int(counts[layer])
-        room = ordered[layer][start : start + int(left // unit)] / unit
-        waiting += [(density, unit, layer) for density in room.tolist()]
+        start = int(counts[layer])
+        fitting = min(int(rest // unit[layer]) for rest, unit in zip(left, units, strict=True) if unit[layer])
+        room = ordered[layer][start : start + fitting] / float(weight[layer])
+        waiting += [(density, layer) for density in room.tolist()]
     blocked: set[int] = set()  # a channel waits for the better ones of its layer
-    for _, unit, layer in sorted(waiting, key=lambda channel: -channel[0]):
-        if unit > left:
+    added = [0] * len(counts)
+    for _, layer in sorted(waiting, key=lambda channel: -channel[0]):
+        if layer in blocked:
+            continue
+        after = [rest - unit[layer] for rest, unit in zip(left, units, strict=True)]
+        if min(after) < 0:
             blocked.add(layer)
-        elif layer not in blocked:
-            counts[layer] += 1
-            left -= unit
-    return counts
+        else:
+            left, added[layer] = after, added[layer] + 1
+    return counts + torch.tensor(added)
 
 
 def _total(ordered: list[Tensor], counts: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_bwd.memory.predict import velocity_bytes
 from sparse_bwd.nn import layers
 from sparse_bwd.selection.budget import Budget
 from sparse_bwd.selection.costs import greedy_prefix
@@ -82,7 +83,9 @@ class VelocityPolicy(BudgetPolicy):
     """The channels whose responses to the probe change fastest per weight (METHOD 1.1 to 1.3).
 
     The first step measures the responses that later ones are compared with, and selects by `first`; velocity selects
-    from the second step on. Ranking: |v| / cost, over all layers together, then the greedy prefix.
+    from the second step on. Under a budget of weights the ranking is |v| / cost, over all layers together, and the
+    greedy prefix of it is selected. Under one of bytes or operations the selection is that of the largest sum of |v|,
+    where opening a layer costs too (`sparse_bwd.selection.knapsack`).
 
     Args:
         probe: a few images, or a tuple or list (arguments) or a dict (keyword arguments) of model inputs; moved to the
@@ -121,12 +124,14 @@ class VelocityPolicy(BudgetPolicy):
         measure: str = "sketch",
         numbers: int = NUMBERS,
     ) -> None:
-        super().__init__(model, budget, axis, bias, seed)
         if order not in ("fastest", "slowest"):
             raise ValueError(f"order is {order!r}; it must be 'fastest' or 'slowest'.")
-        self.probe = check_probe(probe)
-        self.order, self.parity = order, bool(parity)
         self.meter = make_meter(measure, storage, numbers, seed)
+        self.probe = check_probe(probe)
+        self._measured_by = (axis, measure, storage, numbers)
+        self._responses: int | None = None  # bytes, once they are known
+        super().__init__(model, budget, axis, bias, seed)
+        self.order, self.parity = order, bool(parity)
         self.velocity = Velocity(len(self.table), recursion, mu)
         self.first = self._read_first(first)
 
@@ -141,6 +146,11 @@ class VelocityPolicy(BudgetPolicy):
         scheme = find_scheme(first)
         check_scheme(self.model, scheme)
         return scheme
+
+    def _held(self) -> int:
+        if self._responses is None:
+            self._responses = velocity_bytes(self.model, self.probe, *self._measured_by)
+        return super()._held() + self._responses
 
     @property
     def velocity_bytes(self) -> int:
@@ -159,19 +169,33 @@ class VelocityPolicy(BudgetPolicy):
         phi = self._measure()
         if self.steps == 0:
             return self._choose_first()
-        score = self.velocity.update(phi).abs() / self.table.cost
+        speed = self.velocity.update(phi).abs()
+        if self.limits is not None:
+            limits, score = self.limits, speed.max() - speed if self.order == "slowest" else speed
+            return self._fit(lambda amounts: limits.best(score, amounts))
+        assert self.budget is not None
+        score = speed / self.table.cost
         if self.order == "slowest":
             score = -score
         return self._select(greedy_prefix(score, self.table.cost, self.budget, self.parity))
 
     def _choose_first(self) -> Selection:
+        if self.first == "random":
+            return self._draw()
         if isinstance(self.first, Selection):
-            return self.first
-        if isinstance(self.first, Scheme):
-            return scheme_selection(self.model, self.first, self.axis)
-        if self.first == "full":
-            return self.table.selection(torch.arange(len(self.table)), self.bias)
-        return self._draw()
+            chosen = self.first
+        elif isinstance(self.first, Scheme):
+            chosen = scheme_selection(self.model, self.first, self.axis)
+        else:
+            chosen = self.table.selection(torch.arange(len(self.table)), self.bias)
+        if self.limits is not None:
+            self.need = self.limits.need(chosen)
+            if over := self.limits.excess(self.need):
+                raise ValueError(
+                    f"The first selection takes {over}, more than the budget of {self.limits.budget}; "
+                    "leave out first=, so that one is drawn that fits, or raise the budget."
+                )
+        return chosen
 
     def state_dict(self) -> dict[str, Any]:
         own = {"order": self.order, "parity": self.parity}

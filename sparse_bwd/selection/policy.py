@@ -13,8 +13,9 @@ from torch import nn
 
 from sparse_bwd.nn import layers, norms
 from sparse_bwd.selection.apply import apply, refuse_pending
-from sparse_bwd.selection.budget import Budget
+from sparse_bwd.selection.budget import GIGA, MIB, Budget
 from sparse_bwd.selection.costs import cost_table, prefix_length
+from sparse_bwd.selection.limits import Choose, Limits, Need
 from sparse_bwd.selection.selection import BIAS_MODES, Selection
 
 STATE_VERSION = 1
@@ -26,7 +27,7 @@ class PolicyReport:
 
     policy: str
     step: int  # selections made so far, this one included
-    budget: int | None  # weights; None for a policy without a budget
+    budget: int | None  # weights; None for a policy without a budget of weights
     cost: int  # true trained weights
     total: int  # weights of all swapped layers
     channels: int
@@ -35,17 +36,29 @@ class PolicyReport:
     norms: int
     velocity_bytes: int  # held between steps to measure velocity; 0 for other policies
     unmeasured: tuple[str, ...]  # layers that the probe pass did not call; their velocity is zero
+    budget_bytes: int | None = (
+        None  # and what a step needs of them, by prediction; None without such a budget
+    )
+    needed_bytes: int | None = None
+    budget_flops: float | None = None  # of one backward pass, and what it takes
+    backward_flops: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-friendly form."""
         return {**asdict(self), "unmeasured": list(self.unmeasured)}
 
     def __str__(self) -> str:
-        budget = "without a budget" if self.budget is None else f"of a budget of {self.budget:,}"
+        budget = "without a budget of weights" if self.budget is None else f"of a budget of {self.budget:,}"
         text = (
             f"{self.policy} (selection {self.step}): {self.cost:,} weights {budget} "
             f"({self.cost / self.total:.1%} of {self.total:,}), {self.channels:,} channels in {self.layers} layers"
         )
+        if self.budget_bytes is not None and self.needed_bytes is not None:
+            text += f"; {self.needed_bytes / MIB:,.1f} of {self.budget_bytes / MIB:,.1f} MiB"
+        if self.budget_flops is not None and self.backward_flops is not None:
+            text += (
+                f"; {self.backward_flops / GIGA:,.3f} of {self.budget_flops / GIGA:,.3f} GFLOPs of backward"
+            )
         if self.bias_only or self.norms:
             text += f"; bias only in {self.bias_only} layers, shift of {self.norms} norm layers"
         if self.unmeasured:
@@ -130,8 +143,13 @@ class Policy(ABC):
             total=self.table.total,
             velocity_bytes=self.velocity_bytes,
             unmeasured=self._unmeasured(),
+            **self._spent(),
             **asdict(selection.summary(self.model)),
         )
+
+    def _spent(self) -> dict[str, Any]:
+        """What the report says of a budget that is not one of weights."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next selections depend on, besides model and probe; safe for `torch.load(weights_only=True)`."""
@@ -183,16 +201,18 @@ class Policy(ABC):
 
 
 class BudgetPolicy(Policy):
-    """A policy that spends a budget of weights, with its own random numbers.
+    """A policy that spends a budget, with its own random numbers.
 
     Args:
         model, axis, bias: as in `Policy`.
-        budget: in weights (params= or fraction=). Below the cheapest channel nothing is selected and a warning says so;
-            at or above the cost of all channels everything is.
+        budget: in weights (params= or fraction=): below the cheapest channel nothing is selected and a warning says so;
+            at or above the cost of all channels everything is. In bytes or operations of a step (bytes=, flops= or
+            both): no step of training takes more, by prediction; too little for a single channel is a ValueError.
         seed: of the generator (on the CPU, independent of torch's global one).
     """
 
-    budget: int
+    budget: int | None  # weights
+    limits: Limits | None  # of bytes and operations
 
     def __init__(self, model: nn.Module, budget: Budget, axis: str, bias: str, seed: int) -> None:
         if not isinstance(budget, Budget):
@@ -200,8 +220,12 @@ class BudgetPolicy(Policy):
                 f"budget must be a Budget, such as Budget(params=192_311) or Budget(fraction=0.1), got {budget!r}."
             )
         super().__init__(model, axis, bias)
-        self.budget = budget.weights(self.table.total)
         self.generator = torch.Generator().manual_seed(seed)
+        self.limits, self.need = None, Need()
+        if budget.of_steps:
+            self.limits = Limits(model, self.table, budget, bias, self._held)
+            return
+        self.budget = budget.weights(self.table.total)
         if 0 < self.budget < self.table.cheapest:
             warnings.warn(
                 f"The budget of {self.budget:,} weights is below the cheapest channel, which costs "
@@ -209,9 +233,13 @@ class BudgetPolicy(Policy):
                 stacklevel=3,
             )
 
+    def _held(self) -> int:
+        """Bytes that the policy holds between steps, which a byte budget pays for too."""
+        return self.table.nbytes
+
     def _select(self, rows: torch.Tensor) -> Selection:
-        """Selection of `rows`, with a warning where the first channel in line alone exceeds the budget."""
-        if not len(rows) and self.budget >= self.table.cheapest:
+        """Selection of `rows`, with a warning where there is none although the budget pays for a channel."""
+        if not len(rows) and self.budget is not None and self.budget >= self.table.cheapest:
             warnings.warn(
                 f"Nothing is selected: the first channel in line costs more than the budget of {self.budget:,} weights "
                 "or, with parity=True, ties with one that does not fit.",
@@ -220,18 +248,50 @@ class BudgetPolicy(Policy):
         return self.table.selection(rows, self.bias)
 
     def _take(self, order: torch.Tensor) -> Selection:
-        """Selection of the rows `order`, best first, up to the first that the budget does not pay for."""
-        return self._select(order[: prefix_length(self.table.cost[order], self.budget)])
+        """Selection of the rows `order`, best first, as far as the budget goes.
+
+        A budget of weights ends at the first row that it does not pay for. One of bytes or operations, under which a
+        channel costs more where its layer has to be opened for it, passes over what no longer fits.
+        """
+        if self.limits is None:
+            assert self.budget is not None
+            return self._select(order[: prefix_length(self.table.cost[order], self.budget)])
+        limits = self.limits
+        return self._fit(lambda amounts: limits.in_order(order, amounts))
+
+    def _fit(self, choose: Choose) -> Selection:
+        """Selection of the rows that `choose` takes under the largest amounts that keep the budget."""
+        assert self.limits is not None
+        rows, self.need = self.limits.fit(choose)
+        return self._select(rows)
 
     def _draw(self) -> Selection:
-        """Greedy prefix of a uniform permutation of all channels."""
+        """Channels in the order of a uniform permutation, as far as the budget goes."""
         return self._take(torch.randperm(len(self.table), generator=self.generator))
 
+    def _spent(self) -> dict[str, Any]:
+        if self.limits is None:
+            return {}
+        budget = self.limits.budget
+        return {
+            "budget_bytes": budget.bytes,
+            "needed_bytes": self.need.bytes,
+            "budget_flops": budget.flops,
+            "backward_flops": self.need.flops,
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "generator": self.generator.get_state()}
+        limits = (
+            {} if self.limits is None else {"limits": self.limits.state_dict(), "need": asdict(self.need)}
+        )
+        return {**super().state_dict(), "generator": self.generator.get_state(), **limits}
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         super()._check_state(state)
+        if (self.limits is None) != ("limits" not in state):
+            raise ValueError("Of the saved policy and this one only one has a budget of bytes or operations.")
+        if self.limits is not None:
+            self.limits.check_state(state["limits"])
         try:
             torch.Generator().set_state(state["generator"])
         except (KeyError, TypeError, RuntimeError) as error:
@@ -240,3 +300,6 @@ class BudgetPolicy(Policy):
     def _load(self, state: Mapping[str, Any]) -> None:
         super()._load(state)
         self.generator.set_state(state["generator"])
+        if self.limits is not None:
+            self.limits.load_state_dict(state["limits"])
+            self.need = Need(**state["need"])

@@ -62,10 +62,10 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has the training flag it had, also where they differed."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or eval mode inside; afterwards every module has the flag it had, also where they differed."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

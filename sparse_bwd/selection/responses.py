@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparse_bwd.nn import SparseConv2d, SparseLinear
 from sparse_bwd.ops import response
-from sparse_bwd.selection.probe import call, evaluating, map_tensors
+from sparse_bwd.selection.probe import call, in_mode, map_tensors
 
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Layer = SparseConv2d | SparseLinear
@@ -72,7 +72,7 @@ class Meter(ABC):
         self._begin()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with ExitStack() as stack, torch.no_grad():
-            stack.enter_context(evaluating(model))
+            stack.enter_context(in_mode(model, training=False))
             calls: Counter[str] = Counter()
             for name, (layer, count) in channels.items():
                 stack.callback(_hook(layer, axis, self._recorder(name, layer, count, calls)).remove)

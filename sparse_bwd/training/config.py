@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +21,9 @@ LABELLED = ("trady", "gradient")  # and use its labels
 AXES = ("out", "in")
 VELOCITIES = ("exact", "sketch")
 PROBES = ("images", "noise")
+_BYTES = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_FLOPS = {"mflops": 1e6, "gflops": 1e9, "tflops": 1e12}
+_AMOUNT = re.compile(rf"([0-9.]+) *({'|'.join([*_BYTES, *_FLOPS])})", re.IGNORECASE)
 # The smallest share of the weights in the paper's tables.
 DEFAULT_BUDGET = "8.8%"
 
@@ -156,9 +160,14 @@ class Runtime:
 
 
 def parse_budget(text: str) -> dict[str, int | float]:
-    """Arguments for `sb.Budget`: "192311" weights, "8.8%" or "0.088" of all weights."""
+    """Arguments for `sb.Budget`: "192311" weights, "8.8%" or "0.088" of all weights, "64MiB" of memory for a step,
+    "1.5GFLOPs" for its backward pass, or both of these, joined by "+"."""
     word = text.strip()
     try:
+        if parts := [_amount(part) for part in word.split("+") if _AMOUNT.fullmatch(part.strip())]:
+            if len(parts) == len(word.split("+")) == len({name for part in parts for name in part}):
+                return {name: value for part in parts for name, value in part.items()}
+            raise ValueError(word)
         if word.endswith("%"):
             return _fraction(float(word[:-1]) / 100, text)
         if word.replace("_", "").replace(",", "").lstrip("+-").isdigit():
@@ -166,8 +175,19 @@ def parse_budget(text: str) -> dict[str, int | float]:
         return _fraction(float(word), text)
     except ValueError:
         raise UserError(
-            f"The budget '{text}' is neither a number of weights (192311) nor a share of them (8.8% or 0.088)."
+            f"The budget '{text}' is none of these: a number of weights (192311), a share of them (8.8% or 0.088), "
+            "memory (64MiB), operations of backward (1.5GFLOPs), or the last two joined (64MiB+1.5GFLOPs)."
         ) from None
+
+
+def _amount(text: str) -> dict[str, int | float]:
+    """Bytes or operations."""
+    found = _AMOUNT.fullmatch(text.strip())
+    assert found is not None
+    value, unit = float(found[1]), found[2].lower()
+    if unit in _BYTES:
+        return {"bytes": int(value * _BYTES[unit])}
+    return {"flops": value * _FLOPS[unit]}
 
 
 def _whole(value: int, text: str) -> dict[str, int | float]:

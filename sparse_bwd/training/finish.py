@@ -59,7 +59,7 @@ def description(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def summarise(trainer: Trainer, memory: dict[str, int | None]) -> dict[str, Any]:
+def summarise(trainer: Trainer, memory: dict[str, int]) -> dict[str, Any]:
     """Everything that a table of runs needs."""
     config, last = trainer.config, trainer.history[-1]
     return {
@@ -76,6 +76,7 @@ def summarise(trainer: Trainer, memory: dict[str, int | None]) -> dict[str, Any]
         "saved_bytes": memory.get("saved"),
         "peak_bytes": memory.get("peak"),
         "resident_bytes": memory.get("resident"),
+        "training_bytes": memory.get("training"),
         "ms_per_step": round(statistics.median(trainer.step_ms), 3) if trainer.step_ms else None,
         "seed": config.seed,
         "epochs": trainer.history,
@@ -88,8 +89,12 @@ def summarise(trainer: Trainer, memory: dict[str, int | None]) -> dict[str, Any]
     }
 
 
-def measure_step(trainer: Trainer) -> dict[str, int | None]:
-    """Saved bytes of a forward, and peak bytes of the third step, on a copy of the model and real images."""
+def measure_step(trainer: Trainer) -> dict[str, int]:
+    """Bytes of a step, measured on a copy of the model and real images.
+
+    saved: kept from forward to backward; peak: the highest of the third step above what is alive before it, which is
+    `resident`; training: the peak and what training holds between steps beyond the network and the batch.
+    """
     model = copy.deepcopy(trainer.model).train()
     config, recipe = trainer.config, trainer.recipe
     images, targets = next(trainer.prepared.loader.epoch(0))
@@ -104,7 +109,8 @@ def measure_step(trainer: Trainer) -> dict[str, int | None]:
         sb.trainable_parameters(model), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
     peak = sb.memory.step_peak(model, loss_fn, optimizer, (inputs, targets))
-    return {"saved": saved, "peak": peak.peak, "resident": peak.resident}
+    held = sb.memory.held_between_steps(model, optimizer) + trainer.policy.velocity_bytes
+    return {"saved": saved, "peak": peak.peak, "resident": peak.resident, "training": peak.peak + held}
 
 
 def find_collapse(history: list[dict[str, Any]], classes: int) -> list[str]:

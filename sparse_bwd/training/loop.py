@@ -255,10 +255,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def selection_row(policy: Policy) -> dict[str, Any]:
-    """What is trained now: budget, true cost in weights, channels, layers."""
-    assert policy.selection is not None
+    """What is trained now: budget, true cost in weights, channels, layers; bytes and operations of a step."""
+    assert policy.selection is not None and policy.report is not None
     spent = dataclasses.asdict(policy.selection.summary(policy.model))
-    return {"budget": policy.budget, "total": policy.table.total, **spent}
+    limited = ("budget_bytes", "needed_bytes", "budget_flops", "backward_flops")
+    needed = {name: getattr(policy.report, name) for name in limited}
+    return {"budget": policy.budget, "total": policy.table.total, **spent, **needed}
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

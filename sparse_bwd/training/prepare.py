@@ -164,8 +164,7 @@ def make_policy(model: nn.Module, config: RunConfig, probe: Tensor, labels: Tens
         return sb.NEqPolicy(
             model, probe, config.threshold, pin=config.pin, axis=axis, measure=config.velocity
         )
-    amount: dict[str, Any] = dict(parse_budget(config.budget))
-    budget = sb.Budget(**amount)
+    budget = make_budget(config, next(model.parameters()).device)
     seed = seeding.derive(config.seed, "policy")
     if config.policy == "random":
         return sb.RandomPolicy(model, budget, axis=axis, seed=seed)
@@ -187,6 +186,17 @@ def make_policy(model: nn.Module, config: RunConfig, probe: Tensor, labels: Tens
         seed=seed,
         measure=config.velocity,
     )
+
+
+def make_budget(config: RunConfig, device: torch.device) -> sb.Budget:
+    """The budget of the configuration; one of bytes or operations is for its batches and its optimizer."""
+    amount: dict[str, Any] = dict(parse_budget(config.budget))
+    if not {"bytes", "flops"} & set(amount):
+        return sb.Budget(**amount)
+    recipe, size = config.recipe, config.preprocessing.image_size
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    batch = torch.empty(recipe.batch_size, 3, size, size, device=device).contiguous(memory_format=layout)
+    return sb.Budget(**amount, batch=batch, optimizer=recipe.optimizer)
 
 
 def claim_folder(out: Path, leftovers: Collection[str]) -> None:

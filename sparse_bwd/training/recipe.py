@@ -46,6 +46,11 @@ class Recipe:
         if self.augment not in AUGMENT:
             raise unknown("augmentation", self.augment, AUGMENT)
 
+    @property
+    def optimizer(self) -> str:
+        """The optimizer by its name in `sparse_bwd.memory.predict`."""
+        return "sgd_momentum" if self.momentum > 0 else "sgd"
+
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0 over the whole run."""
         warmup = min(self.warmup_epochs, self.epochs / 2) * steps_per_epoch
