@@ -318,6 +318,8 @@ def test_words_of_the_command_line() -> None:
     assert read_ratios("1/8,0.25,1") == (0.125, 0.25, 1.0)
     assert read_limit("192311", 10).amount == 192311 and read_limit("50%", 10).amount == 5
     assert read_limit("1.5MiB", 10).amount == 3 * 2**19 and read_limit("2KB", 10).unit == "bytes"
+    with pytest.raises(UserError, match="not one of weights or bytes"):
+        read_limit("1GFLOPs", 10)
     for text in ("", "a", "3-", "5-4"):
         with pytest.raises(UserError):
             read_numbers(text, "--layers")
@@ -332,7 +334,10 @@ def test_words_of_the_command_line() -> None:
 
 BAD: dict[str, tuple[list[object], str]] = {
     "nothing asked": ([], "--model, --data and --budget"),
-    "budget": (["--model", TINY, "--data", "digits", "--budget", "lots"], "neither a number of weights"),
+    "budget": (
+        ["--model", TINY, "--data", "digits", "--budget", "lots"],
+        "none of these: a number of weights",
+    ),
     "validation": (
         ["--model", TINY, "--data", "digits", "--budget", 9, "--validation", 2],
         "between 0 and 1",

@@ -45,8 +45,9 @@ def conclude(
     run, out = config.run, bench.runtime.out
     assert grid.layers is not None and grid.beside is not None
     parts = contributions(points, results, network)
-    optimizer = "sgd_momentum" if run.recipe.momentum else "sgd"
-    sizes = ByteModel(bench.model(run.seed), bench.batch()[0], run.resolved_axis, run.norm_shift, optimizer)
+    sizes = ByteModel(
+        bench.model(run.seed), bench.batch()[0], run.resolved_axis, run.norm_shift, run.recipe.optimizer
+    )
     weights = weights_problem(parts, grid, network, sizes.model, run.resolved_axis)
     rows: list[dict[str, Any]] = []
     seconds = 0.0

@@ -5,7 +5,6 @@ with a sum (biases as predicted, plus input, weight, gradient, optimizer state a
 what it finds is predicted: by as much as that is above or below the limit, the limit of the sum moves.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ from sparse_bwd.training.errors import UserError
 from sparse_bwd.training.search.contributions import Contribution
 from sparse_bwd.training.search.points import Grid, Network
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Searches at most for one byte limit, and the share of it that is near enough.
 _ROUNDS, _NEAR = 8, 0.97
 
@@ -42,16 +40,15 @@ class Limit:
 
 
 def read_limit(text: str, total: int) -> Limit:
-    """ "192311" weights, "8.8%" or "0.088" of `total` weights, "64MiB" of memory. UserError for anything else."""
-    match = re.fullmatch(r"([\d.]+)\s*([KMG]?i?B)", text.strip(), re.IGNORECASE)
-    if match is None:
-        words: dict[str, Any] = dict(parse_budget(text))
-        return Limit(sb.Budget(**words).weights(total), "weights", text.strip())
-    try:
-        amount = int(float(match[1]) * _UNITS[match[2].upper()])
-    except ValueError:
-        raise UserError(f"The budget '{text}' is not a size: write it like 64MiB.") from None
-    return Limit(amount, "bytes", text.strip())
+    """A budget as `parse_budget` reads it, of weights (a share is one of `total`) or bytes. UserError for others."""
+    words: dict[str, Any] = dict(parse_budget(text))
+    if "flops" in words:
+        raise UserError(
+            f"The budget {text} is not one of weights or bytes, which are what schemes are searched under."
+        )
+    if "bytes" in words:
+        return Limit(words["bytes"], "bytes", text.strip())
+    return Limit(sb.Budget(**words).weights(total), "weights", text.strip())
 
 
 def weights_problem(

@@ -101,7 +101,8 @@ def _in_processes(
     try:
         for worker in workers:
             worker.start()
-        while any(worker.is_alive() for worker in workers):
+        # Each is asked: until then a dead one keeps its number, and its point looks as if it were being measured.
+        while any([worker.is_alive() for worker in workers]):  # noqa: C419
             time.sleep(_LOOK_SECONDS)
             watch(study.results())
     except KeyboardInterrupt:
