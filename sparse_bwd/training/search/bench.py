@@ -28,6 +28,11 @@ from sparse_bwd.training.search.points import Network, Point, inspect
 from sparse_bwd.training.search.study import Measured
 from sparse_bwd.training.state import named_trainable
 
+# Of the configuration, what a point's accuracy depends on; the point has its own seed, scheme and policy.
+_SETTINGS = (
+    "model", "axis", "norm_shift", "split_seed", "limit_train", "channels_last", "recipe", "preprocessing",
+)  # fmt: skip
+
 
 class Bench:
     """Measures points of one configuration. The network and the images are prepared once per seed and reused.
@@ -134,9 +139,8 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """What a measured accuracy depends on, apart from the point: no paths, so that machines can share a study."""
         words = self.run.to_json()
-        for name in ("data", "weights", "policy", "budget", "scheme", "seed", "first", "velocity", "probe"):
-            words.pop(name)
-        return {**words, "weights": _digest(self.run.weights), "images": self.fingerprint}
+        named = {name: words[name] for name in _SETTINGS}
+        return {**named, "weights": _digest(self.run.weights), "images": self.fingerprint}
 
 
 class ShortTrainer(Trainer):

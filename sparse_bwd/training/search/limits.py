@@ -74,8 +74,7 @@ def _problem(
     biases: dict[int, Part] = {}
     for part in parts:
         if part.conv is not None:
-            channels = int(network.channels[part.conv] * part.ratio + 1e-9)
-            cost = of_channels(network.names[part.conv], channels)
+            cost = of_channels(network.names[part.conv], network.kept(part.conv, part.ratio))
             found.setdefault(part.conv, {})[part.ratio] = Part(part.gain, cost)
         else:
             biases[part.n_bias] = Part(part.gain, of_biases(part.n_bias))

@@ -8,7 +8,7 @@ from fractions import Fraction
 from torch import nn
 
 from sparse_bwd.nn import SparseConv2d, layers, norms
-from sparse_bwd.selection.schemes import Scheme
+from sparse_bwd.selection.schemes import Scheme, kept_count
 from sparse_bwd.training.errors import UserError
 
 RATIOS = (0.125, 0.25, 0.5, 1.0)
@@ -66,14 +66,19 @@ class Grid:
 class Network:
     """The convolutions of a converted network, as schemes number them.
 
-    names, open: all of them, and whether their weights may be trained; channels: on the searched axis; shifts: whether
-    n_bias changes anything, by a bias of a convolution or the shift of a norm.
+    names, open: all of them, and whether their weights may be trained; channels: on `axis`; shifts: whether n_bias
+    changes anything, by a bias of a convolution or the shift of a norm.
     """
 
     names: tuple[str, ...]
     open: tuple[bool, ...]
     channels: tuple[int, ...]
     shifts: bool
+    axis: str
+
+    def kept(self, conv: int, ratio: float) -> int:
+        """How many channels of a convolution a ratio stands for."""
+        return kept_count(self.channels[conv], ratio, self.axis)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -90,6 +95,7 @@ def inspect(model: nn.Module, axis: str, norm_shift: bool) -> Network:
         tuple(layer is not None for layer in sparse),
         tuple(0 if layer is None else layer.num_channels(axis) for layer in sparse),
         biased or (norm_shift and bool(norms(model))),
+        axis,
     )
 
 
@@ -137,7 +143,7 @@ def points_of(grid: Grid, network: Network) -> list[Point]:
         (i, ratio)
         for i in reversed(grid.layers)
         for ratio in sorted(set(grid.ratios))
-        if int(network.channels[i] * ratio + 1e-9)
+        if network.kept(i, ratio)
     ]
     return [
         point
