@@ -283,6 +283,23 @@ def test_two_jobs_of_which_one_is_killed(weights: Path, tmp_path: Path) -> None:
     assert measured(out) == Counter(dict.fromkeys(measured(out), 1)) and len(measured(out)) == POINTS
 
 
+def test_machines_share_a_storage(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder each and one database: the second finds everything measured, and the same schemes."""
+    shared = ["--budget", "400", "--last", 1, "--storage", f"sqlite:///{tmp_path}/study.db"]
+    assert search(tmp_path / "one", weights, *shared)[0] == 0
+
+    def never(*words: Any) -> None:
+        raise AssertionError("a point was measured twice")
+
+    monkeypatch.setattr(ShortTrainer, "begin", never)
+    code, _, stderr = search(tmp_path / "two", weights, *shared)
+    assert code == 0, stderr
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert one["measured"] == two["measured"] and one["schemes"] == two["schemes"]
+    code, _, stderr = search(tmp_path / "three", weights, *shared, "--lr", 0.2)
+    assert code == 2 and "The study 'search' was begun with other settings (recipe" in stderr
+
+
 def working(out: Path) -> set[str]:
     """The workers that are measuring now."""
     return {trial.user_attrs["worker"] for trial in trials(out) if trial.state.name == "RUNNING"}
