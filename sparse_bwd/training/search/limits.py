@@ -169,8 +169,8 @@ def evolve_bytes(problem: Problem, model: ByteModel, limit: Limit, seed: int) ->
         )
     best: Found | None = None
     low, high, allowed = cheapest, 0, limit.amount
-    all_of_it = sum(max(part.cost for part in options.values()) for options in problem.layers.values())
-    all_of_it += max(part.cost for part in problem.biases.values())
+    most = max(part.gain for part in problem.biases.values())
+    most += sum(max(0.0, *(part.gain for part in options.values())) for options in problem.layers.values())
     trials, seconds = 0, 0.0
     for _ in range(_ROUNDS):
         found = evolve(problem, allowed, seed)
@@ -185,7 +185,7 @@ def evolve_bytes(problem: Problem, model: ByteModel, limit: Limit, seed: int) ->
         after = allowed + limit.amount - needed
         if high:
             after = after if low < after < high else (low + high) // 2
-        enough = needed <= limit.amount and (allowed >= all_of_it or needed >= _NEAR * limit.amount)
+        enough = needed <= limit.amount and (found.gain >= most - 1e-9 or needed >= _NEAR * limit.amount)
         if enough or after == allowed:
             break
         allowed = after
