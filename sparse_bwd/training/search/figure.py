@@ -61,7 +61,8 @@ def _draw_layers(panel: Any, record: dict[str, Any]) -> None:
         panel.vlines(x, 0, y, color=shade, linewidth=1)
         panel.plot(x, y, marker, color=shade, markersize=4.5, label=f"ratio {ratio:g}")
         ringed = [k for k, row in enumerate(of_ratio) if (row["conv"], ratio) in chosen]
-        label = f"chosen for {record['schemes'][0]['budget']}" if chosen and number == 0 else None
+        last = number == len(ratios) - 1
+        label = f"chosen for {record['schemes'][0]['budget']}" if chosen and last else None
         rings = ([x[k] for k in ringed] or [None], [y[k] for k in ringed] or [None])
         panel.plot(*rings, "o", markersize=10, markerfacecolor="none", markeredgecolor="black", label=label)
     panel.axhline(0, color="black", linewidth=0.8)

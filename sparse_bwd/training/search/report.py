@@ -1,5 +1,6 @@
 """A finished search for people: a Markdown page."""
 
+import math
 from typing import Any
 
 from sparse_bwd.training.search.choosing import MIB, choosing_lines
@@ -16,12 +17,25 @@ def page(record: dict[str, Any]) -> str:
     if record["choosing"]["velocity"]:
         parts.append("\n".join(choosing_lines(record["choosing"])))
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
+    parts.append(noise(record))
     parts.append(
         f"Accuracy on {record['images']['validation']} of the {sum(record['images'].values())} training images, none "
         f"of which was trained on; {record['images']['train']} images were. Device {record['device']}, threads "
         f"{' and '.join(map(str, record['threads']))}; {versions}."
     )
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def noise(record: dict[str, Any]) -> str:
+    """How far an accuracy may be off, because the validation images are few."""
+    count, accuracy = record["images"]["validation"], record["head_accuracy"]
+    error = 100 * math.sqrt(accuracy * (1 - accuracy) / count)
+    runs = len(record["grid"]["seeds"])
+    return (
+        f"Each accuracy is of {runs} run{'s' if runs > 1 else ''} on {count} images: one image is {100 / count:.1f} "
+        f"points, and the standard error that so few images alone bring is about {error:.1f}. Gains are differences on "
+        "the same images, so that a part of it cancels; the rest is noise that the search takes for gain."
+    )
 
 
 def schemes_table(record: dict[str, Any]) -> list[str]:
