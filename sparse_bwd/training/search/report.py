@@ -52,7 +52,8 @@ def schemes_table(record: dict[str, Any]) -> list[str]:
             f"| {row['budget']} | {scheme['n_bias']} | {trained} | {_points(row['gain'])} | {row['weights']:,} "
             f"| {row['bytes'] / MIB:.1f} |"
         )
-    return lines
+    about = "The gain of a scheme is the sum of its parts' gains, in points of accuracy: it ranks schemes and foretells none."
+    return [*lines, "", about]
 
 
 def biases_table(record: dict[str, Any]) -> list[str]:
