@@ -1,9 +1,9 @@
 """The built-in schemes as data: name of the family, number of convolutions, and (n_bias, indices, ratios) of each.
 
 mbv2, mcunet, proxyless: those of the authors of Sparse Update (METHOD 5.3), searched on Cars.
-resnet18: found by `sparse-bwd search` on sign digits at 64x64 (benchmarks/results/search-resnet18.md), for a network that
-was pretrained for minutes only, on CIFAR-10, from one short run per part; under 8.8, 21.2 and 30.8 % of the weights (METHOD
-4). Its biases are the shifts of the norms: norm_shift=True.
+resnet18: found by `sparse-bwd search` on sign digits at 64x64 (benchmarks/results/search-resnet18.md), for a network
+that was pretrained for minutes only, on CIFAR-10, from one short run per part; under 8.8, 21.2 and 30.8 % of the
+weights (METHOD 4). Its biases are the shifts of the norms: norm_shift=True.
 """
 
 from __future__ import annotations

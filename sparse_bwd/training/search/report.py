@@ -52,7 +52,7 @@ def schemes_table(record: dict[str, Any]) -> list[str]:
             f"| {row['budget']} | {scheme['n_bias']} | {trained} | {_points(row['gain'])} | {row['weights']:,} "
             f"| {row['bytes'] / MIB:.1f} |"
         )
-    about = "The gain of a scheme is the sum of its parts' gains, in points of accuracy: it ranks schemes and foretells none."
+    about = "The gain of a scheme is the sum of its parts' gains, in points of accuracy: it ranks schemes, no more."
     return [*lines, "", about]
 
 
