@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import finish, read, run_name, unpack
-from benchmarks.search_report import describe, notes, write
+from benchmarks.search_report import describe, notes, pretraining, write
 from sparse_bwd.training.search.report import page
 
 FULL = [
@@ -46,6 +46,12 @@ def main() -> int:
     parser.add_argument("--pretrain", help="data to pretrain on: a folder, or a name that finetune knows")
     parser.add_argument("--pretrain-epochs", type=int, default=2)
     parser.add_argument("--pretrain-images", type=int, default=20_000)
+    parser.add_argument(
+        "--pretrain-rounds",
+        type=int,
+        default=1,
+        help="each on other images, from the weights of the one before",
+    )
     parser.add_argument("--size", type=int, default=64, help="of all images")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -77,11 +83,15 @@ def pretrained(options: argparse.Namespace, common: list[str]) -> Path:
     """The weights of a dense network, trained here."""
     if options.pretrain is None:
         raise SystemExit("Give --weights, or --pretrain and what to train on.")
-    out: Path = options.out / "pretrain"
-    limits = ["--limit-train", str(options.pretrain_images), "--limit-test", "2000"]
-    words = ["--data", options.pretrain, "--epochs", str(options.pretrain_epochs), *limits]
-    finish([*common, *words, *FULL], out)
-    return out / "model.safetensors"
+    epochs = str(options.pretrain_epochs)
+    limits = ["--limit-train", str(options.pretrain_images), "--limit-test", "2000", "--eval-every", epochs]
+    words = [*common, "--data", options.pretrain, "--epochs", epochs, *limits, *FULL]
+    weights: list[str] = []
+    for number in range(options.pretrain_rounds):
+        out = pretraining(options, number)
+        finish([*words, "--split-seed", str(number), *weights], out)
+        weights = ["--weights", str(out / "model.safetensors")]
+    return Path(weights[1])
 
 
 def searching(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:

@@ -27,14 +27,21 @@ def describe(
     record |= {"sha256": {path.name: digest(path) for path in given if path.is_file()}}
     record["check"] = {"epochs": options.check_epochs, "seeds": options.check_seeds}
     if options.weights is None:
-        run = read(options.out / "pretrain") or {}
+        run = read(pretraining(options, options.pretrain_rounds - 1)) or {}
         record["pretraining"] = {
+            "rounds": options.pretrain_rounds,
             "data": Path(options.pretrain).name,
             "images": options.pretrain_images,
             "epochs": options.pretrain_epochs,
             "accuracy": run.get("accuracy"),
         }
     return record
+
+
+def pretraining(options: argparse.Namespace, number: int) -> Path:
+    """The folder of a round of pretraining."""
+    out: Path = options.out / (f"pretrain-{number}" if number else "pretrain")
+    return out
 
 
 def command(options: argparse.Namespace, rest: list[str]) -> str:
@@ -48,6 +55,7 @@ def command(options: argparse.Namespace, rest: list[str]) -> str:
     if options.weights is None:
         words += ["--pretrain DIR --pretrain-epochs", str(options.pretrain_epochs)]
         words += ["--pretrain-images", str(options.pretrain_images)]
+        words += ["--pretrain-rounds", str(options.pretrain_rounds)]
     else:
         words.append("--weights FILE")
     words += [f"--budget {budget}" for budget in options.budget]
@@ -62,9 +70,10 @@ def notes(options: argparse.Namespace, record: dict[str, Any]) -> str:
     before = record["pretraining"]
     if before:
         parts.append(
-            f"The network was pretrained for this search only, and shortly: {before['epochs']} epochs of "
-            f"{before['images']:,} images of {before['data']}, after which it reached {before['accuracy']:.1%} on test "
-            "images of these. A network with good weights may well rank its layers in another way."
+            f"The network was pretrained for this search only, and shortly: {before['rounds']} times "
+            f"{before['epochs']} epochs of {before['images']:,} images of {before['data']}, after which it "
+            f"reached {before['accuracy']:.1%} on test images of these. A network with good weights may well rank its "
+            "layers in another way."
         )
     if record["checked"]:
         parts.append("\n".join(check_table(record)))
