@@ -14,6 +14,7 @@ opening, closing or exchanging a layer, until none is better. The last bytes are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 PRICES = 192
 CANDIDATES = 8  # sets whose last bytes are filled before the best is known
+SMALL = 2000  # so many choices are tried one by one
 MIXTURES = 8  # steps between one limit and another, under two of them
 
 
@@ -70,6 +72,8 @@ def solve(scores: list[Tensor], limits: Sequence[Limit]) -> Tensor:
             searched, so that the choice is good under all of them.
     """
     ordered = [torch.sort(score.double(), descending=True).values for score in scores]
+    if math.prod(len(score) + 1 for score in ordered) <= SMALL:
+        return _try_all(ordered, limits)
     weights = torch.zeros(len(limits), dtype=torch.float64)
     weights[0] = 1
     best = _solve_one(ordered, limits, weights)
@@ -80,6 +84,17 @@ def solve(scores: list[Tensor], limits: Sequence[Limit]) -> Tensor:
         if _total(ordered, found) > _total(ordered, best):
             best = found
     return best
+
+
+def _try_all(ordered: list[Tensor], limits: Sequence[Limit]) -> Tensor:
+    """The best of all choices."""
+    sizes = [torch.arange(len(score) + 1) for score in ordered]
+    choices = torch.cartesian_prod(*sizes).reshape(-1, len(ordered))
+    sums = [torch.cat([score.new_zeros(1), score.cumsum(0)]) for score in ordered]
+    total = _sum([part[row] for part, row in zip(sums, choices.t(), strict=True)])
+    best_first = torch.sort(total, descending=True, stable=True).indices
+    fitting = (row for row in best_first.tolist() if all(limit.fits(choices[row]) for limit in limits))
+    return choices[next(fitting)]
 
 
 def _mixtures(count: int) -> Tensor:
