@@ -69,8 +69,9 @@ def notes(options: argparse.Namespace, record: dict[str, Any]) -> str:
     parts = []
     before = record["pretraining"]
     if before:
+        times = f"{before['rounds']} times " if before["rounds"] > 1 else ""
         parts.append(
-            f"The network was pretrained for this search only, and shortly: {before['rounds']} times "
+            f"The network was pretrained for this search only, and shortly: {times}"
             f"{before['epochs']} epochs of {before['images']:,} images of {before['data']}, after which it "
             f"reached {before['accuracy']:.1%} on test images of these. A network with good weights may well rank its "
             "layers in another way."
