@@ -30,6 +30,8 @@ STABLE_TORCH_LIBRARY(sparse_bwd_native, m) {
         "int[] dilation, bool channels_last) -> ()");
   // sums[3, N, C] float64 = <new, previous>, |new|^2, |previous|^2;  previous <- new
   m.def("response(Tensor(a!) sums, Tensor(b!) previous, Tensor new, bool channels_last) -> ()");
+  // sums[C, r] float64 += r signed sums of the responses, each divided by its norm, as ops/sketch.py describes them (CPU only)
+  m.def("response_sketch(Tensor(a!) sums, Tensor new, int seed, int start, bool channels_last) -> ()");
   // conv2d, then act(scale y + shift) in place, for layers that follow one another; the lists as csrc/cpu/conv_chain.cpp
   // describes them (CPU only, allocates its results)
   m.def("conv_chain(Tensor x, Tensor?[] tensors, int[] numbers, float[] values, bool channels_last) -> Tensor[]");

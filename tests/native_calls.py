@@ -86,6 +86,7 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Iterator[C
         given, dy = (integers(pixels, size, largest=1, dtype=dtype) for size in (thin, wide))
         yield "linear_dw", (given, dy, rows, False)
     yield "response", (x(*shape), x(*shape))
+    yield "response_sketch", (x(*shape), integers(c, 5).double(), 2**40 + 3, 2**32 - 20)
     yield "norm_affine", (shift, scale.abs() + 1, scale, None, 0.0)
     yield (
         "write_back",

@@ -76,6 +76,7 @@ def test_results_of_huge_tensors_have_the_right_sizes() -> None:
     assert y.shape == offset.shape == (1, 2, HUGE[2] - 1, HUGE[3] - 1)
     assert OPS.max_pool2d_dx(y, offset, list(HUGE), [2, 2], [1, 1], [0, 0], [1, 1], False).shape == x.shape
     assert OPS.response(x, x).shape == (3, 1, 2)
+    OPS.response_sketch(x, torch.empty(2, 16, device="meta", dtype=torch.float64), 0, 0)
 
 
 @needs_native
@@ -157,6 +158,9 @@ REFUSED: list[tuple[Call, str]] = [
     (conv(torch.zeros(2, 2, 1, 1), F32[:0], None), r"tensors must be \[N, C, H, W\] of one batch"),
     (("response", (SUMS, SMALL, F32, False)), "new and previous must have one size"),
     (("response", (SUMS.float(), F32, F32, False)), r"sums must be float64 \[3, N, C\]"),
+    (("response_sketch", (SUMS[0], SMALL, 0, 0, False)), r"sums must be contiguous float64 \[C, r\]"),
+    (("response_sketch", (SUMS[0].float(), SMALL, 0, 0, False)), r"sums must be contiguous float64 \[C, r\]"),
+    (("response_sketch", (SUMS[0].view(2, 1), SMALL, 0, -1, False)), "places are counted from 0"),
     (
         ("norm_affine", (VECTOR, VECTOR, VECTOR, VECTOR[:1], None, None, 0.0)),
         "contiguous float32 of one length",

@@ -57,15 +57,21 @@ BROKEN = {
     "a flag at zero": ("affine_act.h", "flags = v <= 0.0f", "flags = v < 0.0f"),
     "a position of 32 bits": (
         "affine_act.h",
-        "int64_t c = begin % p.channels",
-        "int64_t c = (int)begin % p.channels",
+        "c = begin % p.channels",
+        "c = (int)begin % p.channels",
     ),
     "a column too many": ("conv2d_dw.h", "if (last > g.ow) last = g.ow;", ""),
     "a tap that reads outside": ("conv2d_dw.h", "q < columns[b].first || ", ""),
-    "taps of another column": ("depthwise.h", "if (p.columns.alike[q]) {", "if (q + 3 < p.out_w) {"),
+    "taps of another column": (
+        "depthwise.h",
+        "if (p.columns.alike[q]) {",
+        "if (q + 3 * p.columns.step < p.out_w) {",
+    ),
     "a pixel of another line": ("linear_dw.h", "line % p.oh * p.sh", "line % p.oh"),
     "a run too few": ("linear_dw.h", "first ? sum[r][v] :", "true ? sum[r][v] :"),
     "the last of equal values": ("max_pool2d.h", "(v > best) | (v != v)", "(v >= best) | (v != v)"),
+    "signs that repeat": ("response_sketch.h", "^ (uint32_t)upper", ""),
+    "sums of another number": ("response_sketch.h", "sums[i - wrap] +=", "sums[i] +="),
     "another product": ("response.h", "now[half] += x * x", "now[half] += x * y"),
 }
 

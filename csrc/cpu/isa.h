@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -17,4 +18,5 @@ namespace portable { extern const Kernels kTable; }
 
 #define SPARSE_BWD_TABLE(name)                                                                        \
   const Kernels kTable = {name,       affine_act,    affine_act_dx, affine_act_dx_sum,                 \
-                          max_pool2d, max_pool2d_dx, conv2d_dw,     linear_dw,         depthwise, response};
+                          max_pool2d, max_pool2d_dx, conv2d_dw,     linear_dw,         depthwise, response,      \
+                          sketch_signs, response_sketch};

@@ -103,6 +103,18 @@ struct Response {
   Type type, stored;
 };
 
+// Signed sums of normalised responses, as ops/sketch.py describes them: place(n, i) = start + n (P + 1) + i.
+struct ResponseSketch {
+  // slots a channel of NCHW is summed in before they are added up to `numbers`: a multiple of numbers and of kWidth
+  static constexpr int64_t kSlots = 64;
+  const void* now;        // [N, C, P], or [N, P, C] in channels_last
+  const uint32_t* signs;  // [N (P + 1)] and kWidth more: the sign bit of each place, all other bits 0
+  double* sums;           // [C, numbers]; added to
+  int64_t n, c, positions, numbers, start;
+  bool channels_last;
+  Type type;
+};
+
 struct Kernels {
   const char* name;
   // elements [begin, end); begin a multiple of kStep
@@ -124,6 +136,10 @@ struct Kernels {
   void (*depthwise)(const Depthwise&, int64_t begin, int64_t end);
   // samples x channel blocks [begin, end) of N ceil(C / kWidth)
   void (*response)(const Response&, int64_t begin, int64_t end);
+  // the sign bits of the places [begin, end) of a seed, the first of them to `out`
+  void (*sketch_signs)(uint32_t* out, uint64_t seed, int64_t begin, int64_t end);
+  // channels (NCHW) or channel blocks (channels_last) [begin, end) of C or ceil(C / kWidth)
+  void (*response_sketch)(const ResponseSketch&, int64_t begin, int64_t end);
 };
 
 // The kernels of the widest instruction set that this processor has, or of the one chosen by `use`.

@@ -1,9 +1,9 @@
 """The command line: parses, calls, prints. Heavy imports wait until a command runs, so that --help is quick."""
 
-from sparse_bwd.cli import doctor, finetune, runs, search  # each adds its commands to the application
+from sparse_bwd.cli import doctor, explain, finetune, runs, search  # each adds its commands to the application
 from sparse_bwd.cli.common import app
 
-__all__ = ["app", "doctor", "finetune", "main", "runs", "search"]
+__all__ = ["app", "doctor", "explain", "finetune", "main", "runs", "search"]
 
 
 def main() -> None:

@@ -38,6 +38,10 @@ class Prediction:
     most at any time beyond these kinds; peak: highest allocation of the step above what is alive before it
     (parameters, optimizer state, batch). The parts do not add up to the peak, since they are not at their highest at
     the same time. `layers`: saved bytes by the layer that kept them first.
+
+    With `by_layer`, by convolution or linear layer together with what runs behind it (`owners.py`): saved_by, grads_by
+    and optimizer_by, which add up to the totals; velocity_by; and transient_by, the most while that layer ran, forward
+    or backward, whose largest is `transient`.
     """
 
     saved: int
@@ -48,6 +52,11 @@ class Prediction:
     transient: int
     peak: int
     layers: dict[str, int] = field(default_factory=dict)
+    saved_by: dict[str, int] = field(default_factory=dict)
+    grads_by: dict[str, int] = field(default_factory=dict)
+    optimizer_by: dict[str, int] = field(default_factory=dict)
+    velocity_by: dict[str, int] = field(default_factory=dict)
+    transient_by: dict[str, int] = field(default_factory=dict)
 
     @property
     def needed(self) -> int:
@@ -66,6 +75,7 @@ def predict(
     measure: str = "sketch",
     storage: torch.dtype | None = None,
     numbers: int | None = None,
+    by_layer: bool = False,
 ) -> Prediction:
     """Predict the memory of a step of the converted `model` under `selection`, applied or not.
 
@@ -76,6 +86,7 @@ def predict(
         loss: from the model's output to a scalar. None: the sum of the output, and the loss keeps nothing.
         probe, axis: the images on which velocity will be measured, and its axis; None = no velocity.
         measure, storage, numbers: as in `VelocityPolicy`; None = its default.
+        by_layer: also find out which layer takes what, which runs one more step.
 
     The model stays as it is: its values, its selection, its mode and the random state are not touched.
 
@@ -93,18 +104,24 @@ def predict(
     run = Run(fake, make, loss)
     with simulation(mode):
         run.first_step(inputs)
+        parts = run.layered_step(inputs) if by_layer else {}
         line = run.watched_step(inputs)
-    velocity = 0 if probe is None else velocity_bytes(model, probe, axis, measure, storage, numbers)
+    velocity = {} if probe is None else velocity_layers(model, probe, axis, measure, storage, numbers)
     copied = [module.copied_bytes for module in fake.modules() if isinstance(module, CompactLayer)]
     return Prediction(
         saved=sum(run.layers.values()),
         grads=run.grads,
         optimizer=unique_bytes(state_tensors(run.optimizer)),
-        velocity=velocity,
+        velocity=sum(velocity.values()),
         compact=unique_bytes(index_tensors(fake)) + sum(copied),
         transient=max(line.allocated["transient"]),
         peak=line.peak,
         layers=run.layers,
+        saved_by=parts.get("saved", {}),
+        grads_by=parts.get("grads", {}),
+        optimizer_by=parts.get("optimizer", {}),
+        velocity_by=velocity if by_layer else {},
+        transient_by=run.transient_layers,
     )
 
 
@@ -143,7 +160,19 @@ def velocity_bytes(
     storage: torch.dtype | None = None,
     numbers: int | None = None,
 ) -> int:
-    """Bytes that a velocity policy with these settings holds between its steps; arguments as in `predict`.
+    """Bytes that a velocity policy with these settings holds between its steps; arguments as in `predict`."""
+    return sum(velocity_layers(model, probe, axis, measure, storage, numbers).values())
+
+
+def velocity_layers(
+    model: nn.Module,
+    probe: Any,
+    axis: str = "out",
+    measure: str = "sketch",
+    storage: torch.dtype | None = None,
+    numbers: int | None = None,
+) -> dict[str, int]:
+    """`velocity_bytes` by layer.
 
     What is kept of the responses to the probe, and three float64 numbers per channel (selection/velocity.py).
     """
@@ -151,19 +180,19 @@ def velocity_bytes(
 
     fake, mode = fake_copy(model)
     bytes_of = _kept_bytes(measure, storage, numbers)
-    sizes: list[int] = []
+    swapped = {layer: name for name, layer in layers(fake).items() if layer.selectable}
+    sizes = {name: 3 * 8 * layer.num_channels(axis) for layer, name in swapped.items()}
     called: set[nn.Module] = set()
 
     def record(layer: SparseConv2d | SparseLinear, args: tuple[Any, ...], output: Tensor) -> None:
         depthwise = isinstance(layer, SparseConv2d) and layer.depthwise
         kept = output if axis == "out" or depthwise else args[0]
-        sizes.append(bytes_of(kept, layer.num_channels(axis), layer not in called))
+        sizes[swapped[layer]] += bytes_of(kept, layer.num_channels(axis), layer not in called)
         called.add(layer)
 
-    measured = [layer for layer in layers(fake).values() if layer.selectable]
-    handles = [layer.register_forward_hook(record) for layer in measured]
+    handles = [layer.register_forward_hook(record) for layer in swapped]
     with simulation(mode), torch.no_grad():
         call(fake, map_tensors(probe, mode.from_tensor))
     for handle in handles:
         handle.remove()
-    return sum(sizes) + sum(3 * 8 * layer.num_channels(axis) for layer in measured)
+    return sizes

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparse_bwd.ops.backend import simulated
 
 from .events import Event
+from .owners import UPDATE, LayerOrder, Running, SavedByLayer
 from .saved import SavedTensors, storage_key
 from .scratch import scratch_bytes
 from .timeline import Timeline, stack, unique_bytes
@@ -78,6 +79,9 @@ class Run:
         self.names = {module: name for name, module in model.named_modules()}
         self.layers: dict[str, int] = {}
         self.grads = 0
+        self.reached: set[nn.Parameter] = set()  # that got a gradient in the last step
+        self.running: Running | None = None  # who owns what a watched step allocates, if that is asked
+        self.transient_layers: dict[str, int] = {}
 
     def step(self, inputs: Any, saved: SavedTensors, on_saved: Callable[[SavedTensors], None]) -> None:
         """One step, from forward to `zero_grad`; `on_saved` is called when forward and loss are over."""
@@ -90,7 +94,10 @@ class Run:
         if self.optimizer is None or not value.requires_grad:
             return
         value.backward()
-        self.grads = unique_bytes([p.grad for p in self.trained if p.grad is not None])
+        self.reached = {p for p in self.trained if p.grad is not None}
+        self.grads = unique_bytes([p.grad for p in self.reached if p.grad is not None])
+        if self.running is not None:
+            self.running.current = UPDATE
         self._update(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -116,7 +123,7 @@ class Run:
 
     def watched_step(self, inputs: Any) -> Timeline:
         """A step whose allocations are followed."""
-        watch = _Allocations()
+        watch = _Allocations(self.running)
 
         def on_saved(saved: SavedTensors) -> None:
             for tensor in saved.tensors():
@@ -130,15 +137,42 @@ class Run:
             self.step(inputs, SavedTensors(keepers=False), on_saved)
         for handle in handles:
             handle.remove()
-        return stack(watch.events, {})
+        line = stack(watch.events, {})
+        self.transient_layers = watch.highest_by_layer(line.allocated["transient"])
+        return line
+
+    def layered_step(self, inputs: Any) -> dict[str, dict[str, int]]:
+        """Saved bytes, gradients and optimizer state by layer; the next watched step tells its transient bytes too."""
+        order = LayerOrder(self.model)
+        saved = SavedByLayer(order)
+        found: dict[str, dict[str, int]] = {"saved": {}, "grads": {}, "optimizer": {}}
+
+        def on_saved(_: SavedTensors) -> None:
+            found["saved"] = saved.layers()
+
+        with order.followed():
+            self.step(inputs, saved, on_saved)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad or self.optimizer is None:
+                continue
+            layer = order.of_parameter(name)
+            state = self.optimizer.state.get(parameter, {}).values()
+            kept = unique_bytes([value for value in state if isinstance(value, Tensor)])
+            size = parameter.nbytes if parameter in self.reached else 0
+            found["grads"][layer] = found["grads"].get(layer, 0) + size
+            found["optimizer"][layer] = found["optimizer"].get(layer, 0) + kept
+        self.running = Running(self.model, order)
+        return found
 
 
 class _Allocations(TorchDispatchMode):
     """Follows the life of every storage that an operator returns while the mode is on."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: Running | None = None) -> None:
         super().__init__()
         self.events: list[Event] = []
+        self._running = running
+        self._entered: list[tuple[int, str]] = []  # from which event on each layer ran
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def mark(self, kind: str, tensor: Tensor | None) -> None:
@@ -147,7 +181,10 @@ class _Allocations(TorchDispatchMode):
             self.events.append(Event(len(self.events), storage_key(tensor), 0, kind))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {storage_key(tensor) for tensor in tensors_of((args, kwargs or {}))}
+        given = tensors_of((args, kwargs or {}))
+        known = {storage_key(tensor) for tensor in given}
+        if self._running is not None:
+            self._entered.append((len(self.events), self._running.enter(func, given)))
         result = func(*args, **(kwargs or {}))
         scratch = scratch_bytes(func, args, kwargs or {})
         for key, tensor in {storage_key(tensor): tensor for tensor in tensors_of(result)}.items():
@@ -156,6 +193,21 @@ class _Allocations(TorchDispatchMode):
         if scratch:
             self._passing(scratch)
         return result
+
+    def highest_by_layer(self, levels: list[int]) -> dict[str, int]:
+        """The highest of `levels` (one at the start, then one per event that is not a mark) while each layer ran."""
+        highest: dict[str, int] = {}
+        entered = iter([*self._entered, (len(self.events), "")])
+        layer, (following, name) = "", next(entered)
+        at = 0
+        for number, event in enumerate(self.events):
+            while following <= number:
+                layer = name
+                following, name = next(entered)
+            at += event.nbytes != 0
+            if layer and event.nbytes > 0:
+                highest[layer] = max(highest.get(layer, 0), levels[at])
+        return highest
 
     def _watch(self, key: int, storage: torch.UntypedStorage) -> None:
         size = int(storage.nbytes())

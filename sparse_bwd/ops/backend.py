@@ -28,7 +28,7 @@ VARIABLE = "SPARSE_BWD_NATIVE"
 DEVICES = ("cpu", "cuda")
 # What a native library must hold; one that was built from other sources may lack some of it.
 KERNELS = ("affine_act", "affine_act_dx", "conv2d_dw", "max_pool2d", "max_pool2d_dx", "response")
-CPU_KERNELS = ("conv_chain", "conv_chain_dx", "linear_dw", "norm_affine", "write_back")
+CPU_KERNELS = ("conv_chain", "conv_chain_dx", "linear_dw", "norm_affine", "response_sketch", "write_back")
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _served: dict[str, tuple[str, ...]] = {}

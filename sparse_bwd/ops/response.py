@@ -30,7 +30,7 @@ def response_plain(new: Tensor, previous: Tensor) -> Tensor:
     return sums
 
 
-def _channels_last(x: Tensor) -> bool | None:
+def channels_last(x: Tensor) -> bool | None:
     """Whether channels are the fastest dimension of the dense tensor x [N, C, *]; None where x has gaps."""
     if x.is_contiguous():
         return False
@@ -38,7 +38,7 @@ def _channels_last(x: Tensor) -> bool | None:
 
 
 def response_native(new: Tensor, previous: Tensor) -> Tensor:
-    last = _channels_last(new)
+    last = channels_last(new)
     if last is None or not (known(new) and known(previous)) or new.stride() != previous.stride():
         return NotImplemented
     sums = _sums(new)

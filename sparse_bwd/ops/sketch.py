@@ -9,7 +9,8 @@ For any u, v of one layer <S u, S v> = sum over j, k of one bucket of sign(j) si
 independent signs is <u, v>. Where r is at least the length of u, every j has a bucket of its own and S u is u itself
 up to signs: nothing is lost. The signs come from a counter (`signs`): nothing but the seed is stored.
 
-Sums are taken in float64, one sample at a time, in the same order for every memory layout.
+Sums are taken in float64, one sample at a time. The native kernel reads the responses once, for the sums and the norm;
+it adds the values of a bucket in an order that depends on the memory layout, never on the number of threads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_bwd.ops.backend import register
+from sparse_bwd.ops.backend import known, native, register
+from sparse_bwd.ops.response import channels_last
 
 _WORD = 0xFFFFFFFF
 # The second factor is 0x846CA68B - 2**32: modulo 2**32 the same, and the product of 32 and 31 bits fits an int64.
@@ -53,8 +55,16 @@ def response_sketch_plain(new: Tensor, sums: Tensor, seed: int, start: int) -> N
         norm = torch.linalg.vector_norm(row, dim=1)
         zero = norm == 0
         values.mul_(sign[:p])
-        sums.add_(row.view(c, -1, r).sum(1).div_(norm.masked_fill_(zero, 1.0)[:, None]))
+        sums.add_(row.view(c, buckets // r, r).sum(1).div_(norm.masked_fill_(zero, 1.0)[:, None]))
         sums[:, (first + p) % r].add_(zero * sign[p])
+
+
+def response_sketch_native(new: Tensor, sums: Tensor, seed: int, start: int) -> None:
+    last = channels_last(new)
+    if last is None or not known(new) or not sums.is_contiguous() or sums.dtype is not torch.float64:
+        return NotImplemented
+    native("response_sketch")(sums, new, seed, start, last)
+    return None
 
 
 def _fake(new: Tensor, sums: Tensor, seed: int, start: int) -> None:
@@ -62,5 +72,9 @@ def _fake(new: Tensor, sums: Tensor, seed: int, start: int) -> None:
 
 
 register(
-    "response_sketch(Tensor new, Tensor(a!) sums, int seed, int start) -> ()", response_sketch_plain, _fake
+    "response_sketch(Tensor new, Tensor(a!) sums, int seed, int start) -> ()",
+    response_sketch_plain,
+    _fake,
+    response_sketch_native,
+    devices=("cpu",),
 )

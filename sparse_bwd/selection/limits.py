@@ -9,7 +9,7 @@ fills the budget. What the amount is moved by is remembered: the next step of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from sparse_bwd.selection.selection import Selection
 
 Choose = Callable[[Sequence[Limit]], Tensor]
 FULL = 0.98  # of a budget: nothing more is tried
-ROUNDS = 8
+ROUNDS = 16
+MISSES = 3  # choices in a row that exceed the budget
 
 
 @dataclass(frozen=True)
@@ -103,30 +104,50 @@ class Limits:
                 over.append(f"{need.of(name) / unit:,.{digits}f} {word}")
         return " and ".join(over)
 
-    def fit(self, choose: Choose) -> tuple[Tensor, Need]:
+    def fit(self, choose: Choose, order: Tensor) -> tuple[Tensor, Need]:
         """Rows of the table that `choose` takes under the largest limits that keep the budget, and what they need.
 
         Args:
             choose: from additive limits, in forward order as `costs`, to rows of the table.
+            order: all rows, best first; what `choose` leaves of the budget is spent in this order on open layers.
         """
         best: tuple[float, Tensor, Need] | None = None
         search = None if self._least is None else _Search(self.amounts["bytes"], self._least)
-        tried: set[tuple[int, ...]] = set()
+        floor = misses = 0
         for _ in range(ROUNDS):
-            rows = choose([self._limit(name) for name in self.amounts]).sort().values
+            rows = choose([self._limit(name, floor) for name in self.amounts]).sort().values
             need = self.need(self.table.selection(rows, self.bias))
+            misses = misses + 1 if self.excess(need) else 0
+            if misses == MISSES and search is not None:
+                # Training a layer so deep costs a jump that the additive cost does not know: go on without it.
+                floor, misses, search.high = self._first(rows) + 1, 0, None
             if not self.excess(need):
                 used = self._share(need)
                 if best is None or used > best[0]:
                     best = (used, rows, need)
-            if len(rows) == len(self.table) or self._is_full(need) or tuple(rows.tolist()) in tried:
-                break
-            tried.add(tuple(rows.tolist()))
+                if len(rows) == len(self.table) or self._is_full(need):
+                    break
             self._move(rows, need, search)
         if best is None:
             nothing = torch.empty(0, dtype=torch.int64)
             return nothing, self.need(self.table.selection(nothing, self.bias))
-        return best[1], best[2]
+        return self._fill(best[1], best[2], order)
+
+    def _fill(self, rows: Tensor, need: Need, order: Tensor) -> tuple[Tensor, Need]:
+        """`rows` and as many more of their layers, in `order`, as the budget still pays for; by bisection."""
+        is_open = torch.zeros(len(self.table.names), dtype=torch.bool)
+        is_open[self.table.layer[rows]] = True
+        waiting = order[is_open[self.table.layer[order]] & ~torch.isin(order, rows)]
+        fits, fails = 0, len(waiting) + 1
+        while fails - fits > 1 and not self._is_full(need):
+            count = len(waiting) if fails > len(waiting) else (fits + fails) // 2
+            more = torch.cat([rows, waiting[:count]])
+            found = self.need(self.table.selection(more, self.bias))
+            if self.excess(found):
+                fails = count
+            else:
+                fits, need = count, found
+        return torch.cat([rows, waiting[:fits]]), need
 
     def best(self, score: Tensor, limits: Sequence[Limit]) -> Tensor:
         """Rows with the largest total `score` [rows] (not negative) under `limits`."""
@@ -167,8 +188,18 @@ class Limits:
         """Take over what `state_dict` returned (already checked by `check_state`)."""
         self._level = dict(state["level"])
 
-    def _limit(self, name: str) -> Limit:
-        return Limit(self.costs.of(name), max(self.amounts[name] - self._level[name], 0.0))
+    def _limit(self, name: str, floor: int) -> Limit:
+        """The additive limit, too small for any layer before the place `floor` in the forward."""
+        amount, charges = max(self.amounts[name] - self._level[name], 0.0), self.costs.of(name)
+        too_much = torch.zeros_like(charges.depth)
+        too_much[:floor] = 2 * amount + 1
+        return Limit(replace(charges, depth=charges.depth + too_much), amount)
+
+    def _first(self, rows: Tensor) -> int:
+        """The place in the forward of the first layer with one of `rows`."""
+        is_open = torch.zeros(len(self.table.names), dtype=torch.bool)
+        is_open[self.table.layer[rows]] = True
+        return int(is_open[self.costs.order].int().argmax())
 
     def _additive(self, name: str, rows: Tensor) -> float:
         counts = torch.bincount(self.table.layer[rows], minlength=len(self.table.names))
@@ -215,19 +246,23 @@ class _Search:
         self.target = target
         self.low = self._before = (0.0, least)  # the largest amount that kept the budget, and what it needed
         self.high: tuple[float, float] | None = None  # the smallest that did not
+        self._misses = 0  # of them in a row
 
     def next(self, amount: float, need: float) -> float:
         """The amount to try next, given what the choice under `amount` needed."""
         if need > self.target:
-            self.high = (amount, need)
-        elif amount > self.low[0]:
-            self._before, self.low = self.low, (amount, need)
+            self.high, self._misses = (amount, need), self._misses + 1
+        else:
+            self._misses = 0
+            if amount > self.low[0]:
+                self._before, self.low = self.low, (amount, need)
         room = (1 + FULL) / 2 * self.target - self.low[1]
         if self.high is None:
             return self.low[0] + room / self._slope()
         width = self.high[0] - self.low[0]
-        share = room / (self.high[1] - self.low[1])
-        return self.low[0] + width * min(max(share, 0.1), 0.9)
+        share = min(max(room / (self.high[1] - self.low[1]), 0.1), 0.9)
+        # Opening a layer is a jump, which a line through two points overshoots again and again.
+        return self.low[0] + width * share / 2 ** max(self._misses - 1, 0)
 
     def _slope(self) -> float:
         """What the need rises by per amount; less than 1 where other moments of the step are higher."""

@@ -172,7 +172,8 @@ class VelocityPolicy(BudgetPolicy):
         speed = self.velocity.update(phi).abs()
         if self.limits is not None:
             limits, score = self.limits, speed.max() - speed if self.order == "slowest" else speed
-            return self._fit(lambda amounts: limits.best(score, amounts))
+            order = torch.sort(score, descending=True, stable=True).indices
+            return self._fit(lambda amounts: limits.best(score, amounts), order)
         assert self.budget is not None
         score = speed / self.table.cost
         if self.order == "slowest":

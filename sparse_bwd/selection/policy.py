@@ -257,12 +257,12 @@ class BudgetPolicy(Policy):
             assert self.budget is not None
             return self._select(order[: prefix_length(self.table.cost[order], self.budget)])
         limits = self.limits
-        return self._fit(lambda amounts: limits.in_order(order, amounts))
+        return self._fit(lambda amounts: limits.in_order(order, amounts), order)
 
-    def _fit(self, choose: Choose) -> Selection:
+    def _fit(self, choose: Choose, order: torch.Tensor) -> Selection:
         """Selection of the rows that `choose` takes under the largest amounts that keep the budget."""
         assert self.limits is not None
-        rows, self.need = self.limits.fit(choose)
+        rows, self.need = self.limits.fit(choose, order)
         return self._select(rows)
 
     def _draw(self) -> Selection:

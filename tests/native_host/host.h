@@ -157,6 +157,7 @@ void check_depthwise(const Kernels& kernels, Checker& check);
 void check_linear_dw(const Kernels& kernels, Checker& check);
 void check_max_pool2d(const Kernels& kernels, Checker& check);
 void check_response(const Kernels& kernels, Checker& check);
+void check_response_sketch(const Kernels& kernels, Checker& check);
 void check_large(const Kernels& kernels, Checker& check);
 
 }  // namespace host

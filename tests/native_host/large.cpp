@@ -156,6 +156,28 @@ void check_response(const Kernels& kernels, Checker& check, bool channels_last, 
     if (now.in[i] != previous.in[i]) check.equal("previous", i, previous.in[i], now.in[i]);
 }
 
+// One sample with as many channels as there are planes: the last plane, or the last pixel of the last channels.
+void check_sketch(const Kernels& kernels, Checker& check, bool channels_last, Random& random) {
+  const int64_t c = kImages * kChannels, units = channels_last ? (c + kWidth - 1) / kWidth : c;
+  const int64_t checked = channels_last ? c - (units - 1) * kWidth : 1;
+  constexpr int64_t numbers = 3;
+  Vast<float> now(kNumel);
+  fill_last(now, kNumel, channels_last ? checked : kPlane, random);
+  std::vector<uint32_t> signs(kPlane + 1 + kWidth);  // all +1
+  std::vector<double> sums(c * numbers);
+  const ResponseSketch p{now.data(), signs.data(), sums.data(), 1, c, kPlane, numbers, 0, channels_last, Type::f32};
+  kernels.response_sketch(p, units - 1, units);
+  for (int64_t k = c - checked; k < c; ++k) {
+    double want[numbers] = {}, square = 0.0;
+    for (int64_t i = 0; i < kPlane; ++i) {
+      const double value = now[place(0, k, 0, i, c, 1, kPlane, channels_last)];
+      want[i % numbers] += value, square += value * value;
+    }
+    if (square == 0.0) want[kPlane % numbers] = square = 1.0;
+    for (int64_t b = 0; b < numbers; ++b) check.equal("sketch", b, sums[k * numbers + b], want[b] / std::sqrt(square));
+  }
+}
+
 }  // namespace
 
 void check_large(const Kernels& kernels, Checker& check) {
@@ -168,6 +190,7 @@ void check_large(const Kernels& kernels, Checker& check) {
     check_pool(kernels, check, channels_last, random);
     check_conv(kernels, check, channels_last, random);
     check_response(kernels, check, channels_last, random);
+    check_sketch(kernels, check, channels_last, random);
   }
 }
 

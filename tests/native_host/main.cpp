@@ -15,6 +15,7 @@ int64_t failures(const sparse_bwd::Kernels& kernels) {
   host::check_linear_dw(kernels, check);
   host::check_max_pool2d(kernels, check);
   host::check_response(kernels, check);
+  host::check_response_sketch(kernels, check);
   host::check_large(kernels, check);
   std::printf("%s: %lld of %lld values differ\n", kernels.name, (long long)check.failed(), (long long)check.compared());
   return check.failed();

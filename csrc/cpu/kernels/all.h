@@ -6,3 +6,4 @@
 #include "cpu/kernels/linear_dw.h"
 #include "cpu/kernels/max_pool2d.h"
 #include "cpu/kernels/response.h"
+#include "cpu/kernels/response_sketch.h"

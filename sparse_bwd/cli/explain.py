@@ -1,0 +1,86 @@
+"""`sparse-bwd explain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparse_bwd.cli.common import Json, app, reports_errors, show
+
+
+@app.command()
+@reports_errors
+def explain(
+    model: Annotated[str, typer.Option(help="As for finetune.")],
+    budget: Annotated[
+        str, typer.Option(help="8.8%, 192311 (weights), 64MiB, 1.5GFLOPs, or 64MiB+1.5GFLOPs.")
+    ] = "8.8%",
+    fit: Annotated[
+        str | None,
+        typer.Option(help="A total, network included (32MiB): find the batch, axis and budget that fit."),
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="velocity, random, sparse-update, full or frozen.")
+    ] = "velocity",
+    axis: Annotated[str | None, typer.Option(help="out or in.")] = None,
+    scheme: Annotated[str, typer.Option(help="Of sparse-update: mbv2-1, ... or a .json file.")] = "mbv2-1",
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    image_size: Annotated[int, typer.Option(min=1)] = 128,
+    classes: Annotated[int, typer.Option(min=1, help="Outputs of the classifier.")] = 10,
+    optimizer: Annotated[
+        str, typer.Option(help="sgd, sgd_momentum, adam, adamw, rmsprop or adagrad.")
+    ] = "sgd_momentum",
+    batch_norm: Annotated[str, typer.Option(help="frozen, bias or train.")] = "frozen",
+    channels_last: Annotated[bool, typer.Option("--channels-last/--channels-first")] = True,
+    weights: Annotated[
+        str, typer.Option(help="As for finetune; they change no byte, but which channels a scheme takes.")
+    ] = "none",
+    seed: Annotated[int, typer.Option(help="Of the selection that is drawn.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for plan.json and plan.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Before training, one page that says what fits: the memory and work of a step, layer by layer."""
+    from sparse_bwd.training import explain as asks
+
+    asked = asks.Question(
+        model, budget, policy, axis, scheme, batch_size, image_size, classes, optimizer, batch_norm,
+        channels_last, weights, seed,
+    )  # fmt: skip
+    if fit is not None:
+        _fit(asked, fit, out, as_json)
+        return
+    from sparse_bwd.measure.plan_page import draw, render
+    from sparse_bwd.training.files import write_json
+
+    plan = asks.explain_plan(asked)
+    text = render(plan)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "plan.json", plan.to_dict())
+        text += f"\n\n{_figure(draw, plan.to_dict(), out)} in {out}"
+    show(plan.to_dict(), text, as_json)
+
+
+def _figure(draw: Any, plan: dict[str, Any], out: Path) -> str:
+    """Draw where matplotlib is installed, and say what is in the folder."""
+    try:
+        draw(plan, out / "plan.png")
+    except ImportError:
+        return "plan.json (no figure: pip install matplotlib)"
+    return "plan.json and plan.png"
+
+
+def _fit(asked: Any, text: str, out: Path | None, as_json: bool) -> None:
+    from sparse_bwd.measure.plan_page import fits_to_dict, render_fits
+    from sparse_bwd.training.explain import explain_fit, parse_total
+    from sparse_bwd.training.files import write_json
+
+    total = parse_total(text)
+    found, best, network = explain_fit(asked, total)
+    result = fits_to_dict(found, best, total, network)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "fit.json", result)
+    show(result, render_fits(found, best, total, network), as_json)
