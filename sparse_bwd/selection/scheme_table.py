@@ -1,9 +1,9 @@
 """The built-in schemes as data: name of the family, number of convolutions, and (n_bias, indices, ratios) of each.
 
 mbv2, mcunet, proxyless: those of the authors of Sparse Update (METHOD 5.3), searched on Cars.
-resnet18: found by `sparse-bwd search` on sign digits at 64x64 (benchmarks/results/search-resnet18.md), for a network
-that was pretrained for minutes only, on CIFAR-10, from one short run per part; under 8.8, 21.2 and 30.8 % of the
-weights (METHOD 4). Its biases are the shifts of the norms: norm_shift=True.
+resnet18, resnet50: found by `sparse-bwd search` on sign digits at 64x64 (benchmarks/results/search-resnet18.md and
+search-resnet50.md), for networks that were pretrained for minutes only, on CIFAR-10, from one short run per part; under
+8.8, 21.2 and 30.8 % of the weights (METHOD 4). Their biases are the shifts of the norms: norm_shift=True.
 """
 
 from __future__ import annotations
@@ -60,6 +60,27 @@ TABLE: tuple[tuple[str, int | None, tuple[tuple[int, str, str], ...]], ...] = (
                 20,
                 "1-2-3-4-5-6-7-8-9-10-11-12-13-14-15-16-17-18-19",
                 "0.125-0.25-0.125-0.125-0.125-0.25-1-0.5-0.5-1-1-1-0.25-1-0.125-0.25-1-0.125-0.125",
+            ),
+        ),
+    ),
+    (
+        "resnet50",
+        53,
+        (
+            (
+                16,
+                "37-38-39-41-42-43-45-46",
+                "1-0.25-1-0.25-1-0.25-0.25-0.25",
+            ),
+            (
+                16,
+                "37-38-39-40-41-42-43-44-45-46-47-49-51",
+                "1-0.25-0.25-1-0.25-1-1-0.25-0.25-0.25-0.25-1-0.25",
+            ),
+            (
+                16,
+                "37-38-39-40-41-42-43-44-45-46-47-48-49-51-52",
+                "1-0.25-0.25-1-0.25-1-0.25-0.25-0.25-0.25-0.25-1-1-0.25-0.25",
             ),
         ),
     ),
