@@ -88,7 +88,7 @@ def check_table(record: dict[str, Any]) -> list[str]:
     check = record["check"]
     lines = [
         f"On test images, which the search never saw, after {check['epochs']} epochs on all training images; mean of "
-        f"{check['seeds']} seeds:",
+        f"{check['seeds']} seed{'s' if check['seeds'] > 1 else ''}:",
         "",
         "| trained | accuracy, mean (seeds) | weights | layers | saved MiB | peak MiB |",
         "|---|---|--:|--:|--:|--:|",
