@@ -20,6 +20,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy_figure import draw
+
 TIMED_ROUNDS = 3
 # Four short epochs: velocity chooses from the second on, so that the median step is one of its own selections.
 TIMED = ["--epochs", "4", "--limit-train", "160", "--limit-test", "32", "--eval-every", "4", "--no-measure"]
@@ -118,6 +120,8 @@ def report(plan: dict[str, Any], options: argparse.Namespace) -> int:
     }  # fmt: skip
     options.report.parent.mkdir(parents=True, exist_ok=True)
     options.report.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    if plan.get("figure"):
+        record["figure"] = draw(record["rows"], options.report.with_suffix(".png"))
     options.report.with_suffix(".md").write_text(page(record))
     print(options.report.with_suffix(".md").read_text())
     return 0
@@ -154,9 +158,16 @@ def summary(case: str, runs: list[dict[str, Any]], times: list[float]) -> dict[s
         "accuracy_per_epoch": [run["accuracy_per_epoch"] for run in runs],
         "trained_weights": [run["cost"] for run in runs], "channels": mean("channels"), "layers": mean("layers"),
         "trained_parameters": mean("trained_parameters"), "saved_bytes": mean("saved_bytes"),
-        "peak_bytes": mean("peak_bytes"), "ms_per_step": statistics.median(times) if times else None,
+        "peak_bytes": mean("peak_bytes"), "training_bytes": training_bytes(runs),
+        "ms_per_step": statistics.median(times) if times else None,
         "warnings": [warning for run in runs for warning in run["warnings"]],
     }  # fmt: skip
+
+
+def training_bytes(runs: list[dict[str, Any]]) -> float | None:
+    """Mean of what training adds to the network at its highest; None for runs from before it was measured."""
+    found = [run["training_bytes"] for run in runs if run.get("training_bytes")]
+    return statistics.fmean(found) if len(found) == len(runs) else None
 
 
 def digest(path: Path) -> str:
@@ -173,18 +184,20 @@ def commit() -> str:
 def table(record: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| policy | accuracy, mean (seeds) | weights | channels / layers | saved MiB | peak MiB | ms per step |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| policy | accuracy, mean (seeds) | weights | channels / layers | saved MiB | peak MiB | training MiB "
+        "| ms per step |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in record["rows"]:
         each = ", ".join(f"{100 * a:.1f}" for a in row["accuracy"])
         weights = sorted(set(row["trained_weights"]))
         spent = f"{weights[0]:,}" if len(weights) == 1 else f"{weights[0]:,} to {weights[-1]:,}"
+        added = "" if row["training_bytes"] is None else f"{row['training_bytes'] / MIB:.1f}"
         time = "" if row["ms_per_step"] is None else f"{row['ms_per_step']:.0f}"
         lines.append(
             f"| {row['case']} | **{100 * statistics.fmean(row['accuracy']):.1f} %** ({each}) | {spent} "
             f"| {row['channels']:.0f} / {row['layers']:.0f} | {row['saved_bytes'] / MIB:.1f} "
-            f"| {row['peak_bytes'] / MIB:.1f} | {time} |"
+            f"| {row['peak_bytes'] / MIB:.1f} | {added} | {time} |"
         )
     return "\n".join(lines)
 
@@ -198,8 +211,10 @@ def page(record: dict[str, Any]) -> str:
     parts = [
         f"# {record['title']}", table(record), "\n".join(f"- {text}" for text in record["about"]), "\n".join(hashes),
         f"Reported at commit {record['commit']}; device {record['device']}, threads {record['threads']}; {versions}. "
-        "Peak: third step, above what was alive before it. "
+        "Peak: third step, above what was alive before it. Training: the peak and what training holds between steps "
+        "(compact parameters, optimizer state, velocity), beyond the network and the batch. "
         "Weights outside the budget (classifier, norm shifts) are not counted.",
+        f"![Accuracy against the memory of training]({record['figure']})" if "figure" in record else "",
         "Warnings of the runs:\n\n" + ("\n".join(warnings) or "none"),
         "```\n" + "\n".join(commands) + "\n```",
     ]  # fmt: skip

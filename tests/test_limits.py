@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_bwd as sb
+from benchmarks.budgets import NETWORKS, keep_a_budget
 from sparse_bwd.memory import held_between_steps, peak_bytes, predict
 from sparse_bwd.memory.predict import OPTIMIZERS
 from sparse_bwd.selection.charges import channel_costs, state_numbers
@@ -265,40 +266,13 @@ def test_layers_that_the_batch_does_not_reach_cost_their_weights() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("share", [0.1, 0.8])
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
 @pytest.mark.parametrize("axis", ["out", "in"])
-@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "resnet50", "vit_tiny_patch16_224"])
-def test_real_networks_keep_their_budgets(name: str, axis: str, layout: torch.memory_format) -> None:
-    """At three budgets between the least and the whole, for velocity and random, measured."""
-    if name.startswith("vit"):
-        model: nn.Module = pytest.importorskip("timm").create_model(name, img_size=96, num_classes=10)
-    else:
-        model = torchvision.models.get_model(name, num_classes=10)
-    model.to(memory_format=layout)  # type: ignore[call-overload]
-    sb.convert(model)
-    x = torch.randn(8, 3, 96, 96).contiguous(memory_format=layout)
-    y = torch.zeros(8, dtype=torch.int64)
-    whole = {n: sb.Channels(None, axis) for n in cost_table(model).names}
-    low, high = (predict(model, chosen, x).needed for chosen in ({}, whole))
-    for share in (0.1, 0.4, 0.8):
-        budget = sb.Budget(bytes=int(low + share * (high - low)) + 2 * 2**20, batch=x)
-        for policy in (
-            sb.RandomPolicy(model, budget, axis=axis),
-            sb.VelocityPolicy(model, budget, x[:2].clone(), axis=axis),
-        ):
-            for _ in range(2):
-                policy.step()
-                optimizer = torch.optim.SGD(sb.trainable_parameters(model), lr=0.001, momentum=0.9)
-
-                def step(optimizer: torch.optim.Optimizer = optimizer) -> None:
-                    F.cross_entropy(model(x), y).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-
-                step()
-                step()
-                held = held_between_steps(model, optimizer) + policy.velocity_bytes
-                measured = peak_bytes(step, "cpu").peak + held
-                assert policy.report is not None and policy.report.needed_bytes is not None
-                assert measured <= policy.report.needed_bytes <= budget.bytes
-                assert policy.report.needed_bytes >= 0.9 * budget.bytes
+@pytest.mark.parametrize("kind", ["random", "velocity"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_real_networks_keep_their_budgets(name: str, kind: str, axis: str, layout: str, share: float) -> None:
+    row = keep_a_budget(name, layout, axis, kind, share)
+    assert row["measured"] <= row["needed"] <= row["budget"]
+    assert row["needed"] <= 1.1 * row["measured"]
+    assert row["needed"] >= 0.9 * row["budget"]

@@ -262,7 +262,7 @@ class _Search:
         width = self.high[0] - self.low[0]
         share = min(max(room / (self.high[1] - self.low[1]), 0.1), 0.9)
         # Opening a layer is a jump, which a line through two points overshoots again and again.
-        return self.low[0] + width * share / 2 ** max(self._misses - 1, 0)
+        return self.low[0] + width * share * 0.5 ** max(self._misses - 1, 0)
 
     def _slope(self) -> float:
         """What the need rises by per amount; less than 1 where other moments of the step are higher."""
