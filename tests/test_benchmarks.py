@@ -38,6 +38,42 @@ def test_demo(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(PNG)
 
 
+def test_search(tmp_path: Path) -> None:
+    """From nothing to a report, in which the schemes stand, and nothing of this machine does."""
+    tiny = [
+        "--model",
+        "tests.training_net:tiny",
+        "--pretrain",
+        "digits",
+        "--pretrain-images",
+        "100",
+        "--data",
+        "digits",
+    ]
+    few = [
+        "--size",
+        "16",
+        "--pretrain-epochs",
+        "1",
+        "--check-epochs",
+        "1",
+        "--check-seeds",
+        "1",
+        "--budget",
+        "400",
+    ]
+    rest = ["--", "--limit-train", "60", "--last", "1", "--ratios", "1", "--biases", "1"]
+    report = ["--out", str(tmp_path / "runs"), "--report", str(tmp_path / "report")]
+    shown = run_module("search", *tiny, *few, *report, *rest)
+    text = (tmp_path / "report" / "search-tiny.json").read_text()
+    record = json.loads(text)
+    assert [row["case"] for row in record["checked"]] == ["classifier alone", "scheme-400"]
+    assert record["pretraining"]["images"] == 100 and "400 weights" in shown
+    page = (tmp_path / "report" / "search-tiny.md").read_text()
+    assert page in shown and str(tmp_path) not in text + page
+    assert (tmp_path / "report" / "search-tiny.png").read_bytes().startswith(PNG)
+
+
 def test_step_reaches_the_readme(tmp_path: Path) -> None:
     tiny = ["--case", "last", "--batch", "2", "--size", "32", "--rounds", "2"]
     run_module("step", "--out", str(tmp_path), "--name", "step", *tiny)

@@ -6,7 +6,18 @@ import statistics
 import subprocess
 import sys
 
-OPTIONAL = ("triton", "torchvision", "timm", "sklearn", "matplotlib", "rich", "typer", "safetensors", "PIL")
+OPTIONAL = (
+    "triton",
+    "torchvision",
+    "timm",
+    "sklearn",
+    "matplotlib",
+    "rich",
+    "typer",
+    "safetensors",
+    "PIL",
+    "optuna",
+)
 LIMIT_S = 0.3
 
 

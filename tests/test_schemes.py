@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,14 @@ import sparse_bwd as sb
 from sparse_bwd.selection.schemes import SCHEMES, Scheme, channel_norms
 
 MBV2_WEIGHTS = (192_312, 330_240, 464_640, 599_040, 675_840)
+
+
+# Families that come from this library's own search, with the budgets of METHOD 4.
+SEARCHED = {
+    "resnet18": (980_715, 2_369_480, 3_444_987),
+    "resnet50": (2_059_888, 4_976_842, 7_235_830),
+}
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +38,24 @@ def convs(net: nn.Module) -> list[str]:
 
 
 def test_all_schemes_are_there():
-    assert list(SCHEMES) == [
-        f"{family}-{n}" for family in ("mbv2", "mcunet", "proxyless") for n in range(1, 6)
-    ]
+    authors = [f"{family}-{n}" for family in ("mbv2", "mcunet", "proxyless") for n in range(1, 6)]
+    assert list(SCHEMES) == [*authors, *(f"{family}-{n}" for family in SEARCHED for n in range(1, 4))]
     assert SCHEMES["mbv2-1"].ratios == (1, 1, 0, 0.25, 0.125, 0.125, 0.125, 0.125)
     assert SCHEMES["proxyless-1"].indices == (39, 42, 44, 45, 50, 51, 54, 57)
+
+
+@pytest.mark.parametrize("family", SEARCHED)
+def test_searched_schemes_are_those_of_the_result_files_and_keep_their_budgets(family):
+    rows = json.loads((RESULTS / f"search-{family}.json").read_text())["schemes"]
+    model = torchvision.models.get_model(family, weights=None)
+    sb.convert(model, "frozen")
+    for number, (row, budget) in enumerate(zip(rows, SEARCHED[family], strict=True), 1):
+        name = f"{family}-{number}"
+        assert SCHEMES[name].to_dict() == {**row["scheme"], "name": name}
+        policy = sb.SparseUpdatePolicy(model, name, norm_shift=True)
+        policy.step()
+        assert 0.9 * budget < policy.report.cost == row["weights"] <= budget == row["limit"]["amount"]
+        assert policy.report.norms > 0
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])

@@ -1,9 +1,15 @@
 """The command line: parses, calls, prints. Heavy imports wait until a command runs, so that --help is quick."""
 
-from sparse_bwd.cli import doctor, explain, finetune, runs  # each adds its commands to the application
+from sparse_bwd.cli import (  # each adds its commands to the application
+    doctor,
+    explain,
+    finetune,
+    runs,
+    search,
+)
 from sparse_bwd.cli.common import app
 
-__all__ = ["app", "doctor", "explain", "finetune", "main", "runs"]
+__all__ = ["app", "doctor", "explain", "finetune", "main", "runs", "search"]
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bwd.nn import SparseConv2d, layers, norms
+from sparse_bwd.selection.scheme_table import TABLE
 from sparse_bwd.selection.selection import Channels, Selection
 
 FILE_VERSION = 1
@@ -102,47 +103,9 @@ class Scheme:
         return cls.from_dict(data, f"The scheme file {os.fspath(path)!r}")
 
 
-# (family, number of convolutions, schemes 1 to 5 as (n_bias, indices, ratios)); METHOD 5.3.
-_TABLE: tuple[tuple[str, int | None, tuple[tuple[int, str, str], ...]], ...] = (
-    (
-        "mbv2",
-        52,
-        (
-            (16, "36-39-40-41-42-45-48-49", "1-1-0-0.25-0.125-0.125-0.125-0.125"),
-            (20, "32-33-36-39-41-42-45-48", "0.125-0.5-0.5-1-0.25-0.125-0.125-1"),
-            (25, "27-30-33-36-39-42-45-48", "1-1-1-1-1-0.125-0.5-1"),
-            (31, "27-30-33-36-39-42-45-48", "1-1-1-1-1-0.5-1-1"),
-            (34, "27-30-33-36-39-42-45-48", "1-1-1-1-1-1-1-1"),
-        ),
-    ),
-    (
-        "mcunet",
-        None,
-        (
-            (20, "23-24-27-30-33-39", "0-0.25-0.5-0.5-0-0"),
-            (21, "21-23-24-26-27-30", "1-0-1-0-0.5-1"),
-            (22, "21-24-27-30-36-39", "1-1-1-1-0.125-0.25"),
-            (24, "21-24-27-30-33-39", "0.25-1-1-1-0.5-0.5"),
-            (23, "21-24-27-30-36-39", "1-1-1-1-1-0.5"),
-        ),
-    ),
-    (
-        "proxyless",
-        61,
-        (
-            (21, "39-42-44-45-50-51-54-57", "0.25-1-0-1-0-0.125-0.25-0.25"),
-            (28, "33-36-39-42-45-51-54-57", "0.5-0.25-1-1-1-0.5-0.25-0.5"),
-            (25, "36-39-42-45-48-51-54-57", "1-0.5-1-1-0.25-0.5-1-1"),
-            (32, "36-39-42-45-48-51-54-57", "1-1-1-1-0.5-1-1-1"),
-            (45, "36-39-42-45-48-51-54-57", "1-1-1-1-1-1-1-1"),
-        ),
-    ),
-)
-
-
 def _built_in() -> dict[str, Scheme]:
     schemes = {}
-    for family, convs, rows in _TABLE:
+    for family, convs, rows in TABLE:
         for number, (n_bias, indices, ratios) in enumerate(rows, 1):
             name = f"{family}-{number}"
             index = tuple(int(word) for word in indices.split("-"))
@@ -246,15 +209,19 @@ def _kept_channels(
 ) -> Tensor:
     """Channels of one layer at `ratio`, int64 in no order; equal norms keep the lower channel."""
     channels = layer.num_channels(axis)
-    # a ratio is a decimal: 0.29 * 100 is 28.999999999999996 in binary and means 29
-    if axis == "in":
-        count = math.floor(channels * ratio + 1e-9)
-    else:
-        count = channels - math.floor(channels * (1 - ratio) + 1e-9)
+    count = kept_count(channels, ratio, axis)
     if criterion == "random":
         return torch.randperm(channels, generator=generator)[:count]
     norm = channel_norms(layer, axis).cpu()
     return torch.sort(norm, descending=criterion == "largest", stable=True).indices[:count]
+
+
+def kept_count(channels: int, ratio: float, axis: str) -> int:
+    """How many of a layer's channels a ratio stands for."""
+    # a ratio is a decimal: 0.29 * 100 is 28.999999999999996 in binary and means 29
+    if axis == "in":
+        return math.floor(channels * ratio + 1e-9)
+    return channels - math.floor(channels * (1 - ratio) + 1e-9)
 
 
 def channel_norms(layer: SparseConv2d, axis: str) -> Tensor:

@@ -3,11 +3,12 @@
 import os
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 MIB = 2**20
+Self = TypeVar("Self", bound="Display")
 
 
 class Display:
@@ -23,7 +24,7 @@ class Display:
             self._bar = _bar(self.console)
             self._task = self._bar.add_task("starting", total=total_steps, completed=done_steps, facts="")
 
-    def __enter__(self) -> "Display":
+    def __enter__(self: Self) -> Self:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -53,6 +54,30 @@ class Display:
     def warn(self, text: str) -> None:
         """A line that is printed even when quiet."""
         self.console.print(f"Warning: {text}", markup=False, style="yellow")
+
+
+class Counter(Display):
+    """Context manager: progress of work that is counted in pieces, a bar on a terminal and a line a piece elsewhere."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        super().__init__(total, 0, quiet)
+        self.total, self.done = total, 0
+
+    def skip(self, pieces: int) -> None:
+        """So many pieces were done before."""
+        self.done += pieces
+        if self._bar is None:
+            self.say(f"{self.done}/{self.total} were done before")
+        else:
+            self._bar.update(self._task, completed=self.done)
+
+    def count(self, piece: str, facts: str) -> None:
+        """One piece is done."""
+        self.done += 1
+        if self._bar is None:
+            self.say(f"{self.done}/{self.total} {piece}: {facts}")
+        else:
+            self._bar.update(self._task, advance=1, description=piece, facts=facts)
 
 
 def _bar(console: Any) -> Any:

@@ -215,6 +215,13 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of this very moment, atomically. Diverged if a trained value is not finite."""
+        self.refuse_infinite()
+        self.log.sync()
+        save_checkpoint(self.out / CHECKPOINT, self._state())
+        self.saved_at = time.monotonic()
+
+    def refuse_infinite(self) -> None:
+        """Diverged if a trained value is not finite."""
         for name, parameter in state.named_trainable(self.model).items():
             if not bool(torch.isfinite(parameter).all()):
                 raise Diverged(
@@ -222,9 +229,6 @@ class Trainer:
                     f"lower --lr (now {self.recipe.lr:g}). {self.out / CHECKPOINT} holds the last state that was "
                     "saved before."
                 )
-        self.log.sync()
-        save_checkpoint(self.out / CHECKPOINT, self._state())
-        self.saved_at = time.monotonic()
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -66,7 +66,7 @@ def prepare(config: RunConfig, runtime: Runtime, resuming: bool = False) -> Prep
     source.test.check()
     train, probe, labels = _split_probe(source, config)
     torch.manual_seed(seeding.derive(config.seed, "model"))
-    model, notes = _make_model(config, len(source.classes), device, resuming)
+    model, notes = make_model(config, len(source.classes), device, resuming)
     notes.insert(0, f"data: {len(train)} training and {len(source.test)} test images; {source.notes}")
     images = config.preprocessing.normalise(probe).to(device)
     with sentences(), warnings.catch_warnings(record=True) as caught:
@@ -124,9 +124,10 @@ def _split_probe(source: Source, config: RunConfig) -> tuple[Samples, Tensor, Te
     return source.train.select(sorted(order[count:])), images, torch.tensor(probe.targets)
 
 
-def _make_model(
+def make_model(
     config: RunConfig, classes: int, device: torch.device, resuming: bool
 ) -> tuple[nn.Module, list[str]]:
+    """The converted network on its device and notes for the log; with `resuming` without its pretrained weights."""
     model = build_model(config.model, classes)
     size = config.preprocessing.image_size
     check_width(model, classes, size, config.model)
