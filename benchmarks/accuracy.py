@@ -183,21 +183,22 @@ def commit() -> str:
 
 def table(record: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
+    measured = any(row.get("training_bytes") for row in record["rows"])
+    added, line = (" training MiB |", "--:|") if measured else ("", "")
     lines = [
-        "| policy | accuracy, mean (seeds) | weights | channels / layers | saved MiB | peak MiB | training MiB "
-        "| ms per step |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        f"| policy | accuracy, mean (seeds) | weights | channels / layers | saved MiB | peak MiB |{added} ms per step |",
+        f"|---|---|--:|--:|--:|--:|{line}--:|",
     ]
     for row in record["rows"]:
         each = ", ".join(f"{100 * a:.1f}" for a in row["accuracy"])
         weights = sorted(set(row["trained_weights"]))
         spent = f"{weights[0]:,}" if len(weights) == 1 else f"{weights[0]:,} to {weights[-1]:,}"
-        added = "" if row["training_bytes"] is None else f"{row['training_bytes'] / MIB:.1f}"
+        training = f" {row['training_bytes'] / MIB:.1f} |" if measured else ""
         time = "" if row["ms_per_step"] is None else f"{row['ms_per_step']:.0f}"
         lines.append(
             f"| {row['case']} | **{100 * statistics.fmean(row['accuracy']):.1f} %** ({each}) | {spent} "
             f"| {row['channels']:.0f} / {row['layers']:.0f} | {row['saved_bytes'] / MIB:.1f} "
-            f"| {row['peak_bytes'] / MIB:.1f} | {added} | {time} |"
+            f"| {row['peak_bytes'] / MIB:.1f} |{training} {time} |"
         )
     return "\n".join(lines)
 
