@@ -185,10 +185,8 @@ def table(record: dict[str, Any]) -> str:
     """The rows as a Markdown table."""
     measured = any(row.get("training_bytes") for row in record["rows"])
     added, line = (" training MiB |", "--:|") if measured else ("", "")
-    lines = [
-        f"| policy | accuracy, mean (seeds) | weights | channels / layers | saved MiB | peak MiB |{added} ms per step |",
-        f"|---|---|--:|--:|--:|--:|{line}--:|",
-    ]
+    head = "| policy | accuracy, mean (seeds) | weights | channels / layers | saved MiB | peak MiB |"
+    lines = [f"{head}{added} ms per step |", f"|---|---|--:|--:|--:|--:|{line}--:|"]
     for row in record["rows"]:
         each = ", ".join(f"{100 * a:.1f}" for a in row["accuracy"])
         weights = sorted(set(row["trained_weights"]))
