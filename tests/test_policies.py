@@ -153,7 +153,7 @@ def test_budget_edges(model, probe, kind):
         below = make(sb.Budget(params=7))
     assert below.step() == sb.Selection()
     assert make(sb.Budget(params=0)).step() == sb.Selection()
-    with pytest.raises(ValueError, match=r"not supported by this policy yet.*use params= or fraction="):
+    with pytest.raises(ValueError, match=r"give an example input of the model as batch="):
         make(sb.Budget(bytes=2**20))
     with pytest.raises(TypeError, match="must be a Budget"):
         make(1000)

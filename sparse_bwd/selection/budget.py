@@ -98,7 +98,9 @@ class Budget:
             return f"{self.fraction:.4g} of all weights"
         parts = []
         if self.bytes is not None:
-            parts.append(f"{self.bytes / MIB:,.1f} MiB")
+            parts.append(
+                f"{self.bytes:,} bytes" + (f" ({self.bytes / MIB:,.1f} MiB)" if self.bytes >= MIB else "")
+            )
         if self.flops is not None:
             parts.append(f"{self.flops / GIGA:,.3f} GFLOPs of backward")
         return " and ".join(parts)
