@@ -104,7 +104,7 @@ def choose_alone(name: str, axis: str, share: float) -> Json:
     )
     return {
         "network": name, "axis": axis, "share": share, "channels": len(table), "ms": statistics.median(times),
-        "of_bound": found / upper_bound(scores, limits, seconds=30),
+        "of_bound": found / upper_bound(scores, limits, seconds=12),
     }  # fmt: skip
 
 

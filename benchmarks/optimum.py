@@ -7,6 +7,7 @@ of the first open layer. The solver's dual bound is above every choice that fits
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,7 +40,10 @@ class _Rows:
 
 
 def upper_bound(scores: Sequence[Tensor], limits: Sequence[Limit], seconds: float = 60.0) -> float:
-    """The total score that no choice under `limits` exceeds; arguments as in `knapsack.solve`."""
+    """The total score that no choice under `limits` exceeds; infinity if none is known after `seconds`.
+
+    Arguments as in `knapsack.solve`.
+    """
     channels, layers = sum(len(score) for score in scores), len(scores)
     group = limits[0].charges.group.tolist()
     open_, paid = channels, channels + layers
@@ -69,4 +73,4 @@ def upper_bound(scores: Sequence[Tensor], limits: Sequence[Limit], seconds: floa
     found = milp(
         gain, constraints=rows.constraint(columns), integrality=whole, bounds=Bounds(0, 1), options=options
     )
-    return float(-found.mip_dual_bound)
+    return math.inf if found.mip_dual_bound is None else float(-found.mip_dual_bound)
