@@ -18,18 +18,17 @@ namespace {
 
 using Tensors = std::vector<std::optional<Tensor>>;
 
-// Beyond this PyTorch's convolution runs a 1x1 kernel, forward or dx, faster than a matrix product.
-constexpr int64_t kProductPixels = 2048, kProductPixelsDx = 4096;
-// So it does beyond this many multiplications, what a call of it costs being paid: but for a single image, which it
-// gives to the same matrix product where one thread runs.
-constexpr int64_t kProductWork = int64_t{1} << 22;
+// Beyond this many multiplications PyTorch's convolution runs a 1x1 kernel, forward or dx, faster than its matrix
+// product, which does not pay for what a call of the convolution costs. For few images on one thread it is the product.
+constexpr int64_t kProductWork = int64_t{1} << 22, kFewImages = 16;
 
 int64_t inner_of(const Tensor& y) { return is_channels_last(y) ? 1 : y.size(2) * y.size(3); }
 
 // Whether a 1x1 convolution of `image` (x forward, dy backward) with w is run as a matrix product.
-bool multiplies(const Layer& layer, const Tensor& image, const Tensor& w, int64_t most_pixels) {
-  const int64_t pixels = pixels_of(image);
-  return layer.is_product(image) && pixels <= most_pixels && (image.size(0) == 1 || pixels * w.numel() <= kProductWork);
+bool multiplies(const Layer& layer, const Tensor& image, const Tensor& w) {
+  if (!layer.is_product(image)) return false;
+  return pixels_of(image) * w.numel() <= kProductWork ||
+         (image.size(0) < kFewImages && torch::stable::get_num_threads() == 1);
 }
 
 // What a convolution's output passes in place: coefficients, flags, and the call once the output is known.
@@ -61,7 +60,7 @@ void apply(const AffineActCall& call) {
 }
 
 Tensor convolve(const Layer& layer, const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
-  if (!bias && x.size(1) == w.size(1) && multiplies(layer, x, w, kProductPixels)) {
+  if (!bias && x.size(1) == w.size(1) && multiplies(layer, x, w)) {
     const Tensor y = empty_image({x.size(0), w.size(0), x.size(2), x.size(3)}, true, x);
     Tensor out = matrix(y, pixels_of(x), w.size(0));
     aten("aten::mm", "out", matrix(x, pixels_of(x), x.size(1)), matrix(w, w.size(0), w.size(1), true), out);
@@ -135,7 +134,7 @@ std::vector<Tensor> conv_chain(Tensor x, Tensors tensors, Ints numbers, std::vec
 
 Tensor gradient_of_input(const Layer& layer, const Tensor& dy, const Tensor& w, const Ints& image) {
   const Ints size{dy.size(0), w.size(1) * layer.groups, image[0], image[1]};
-  if (multiplies(layer, dy, w, kProductPixelsDx)) {
+  if (multiplies(layer, dy, w)) {
     const Tensor dx = empty_image(size, true, dy);
     Tensor out = matrix(dx, pixels_of(dy), w.size(1));
     aten("aten::mm", "out", matrix(dy, pixels_of(dy), w.size(0)), matrix(w, w.size(0), w.size(1)), out);

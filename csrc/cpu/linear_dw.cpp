@@ -1,4 +1,5 @@
-// linear_dw on tensors: the fused kernel of kernels/linear_dw.h, or gather and PyTorch's products, whichever is faster.
+// linear_dw on tensors: the kernel of kernels/linear_dw.h, which gathers as it multiplies, or PyTorch's convolution or
+// product where these were measured to be faster (`is_fused`).
 #include "cpu/linear_dw.h"
 
 #include <algorithm>
@@ -9,10 +10,11 @@ namespace sparse_bwd {
 namespace {
 
 constexpr int64_t kRowsEach = 48;    // of one call of the kernel; a multiple of the rows that it runs at once
-constexpr int64_t kThin = 16;        // channels below which PyTorch's products are slow
-constexpr int64_t kFewPixels = 64;   // PyTorch's product hardly amortises its packing
-constexpr int64_t kManyPixels = 1024;  // from here on a gathered copy of dy costs more than the kernel loses
-constexpr int64_t kConvPixels = 8192, kConvChannels = 256;  // where PyTorch's convolution beats its product
+constexpr int64_t kThin = 16;      // dimensions of dw along which the kernel does not run, if it can avoid them
+// Beyond these PyTorch's convolution computes dw of all channels of an image faster than the kernel.
+constexpr int64_t kConvPixels = 1024, kConvWork = int64_t{3} << 22;
+// The kernel widens bfloat16 where PyTorch's product may use instructions of its own: it pays for little work only.
+constexpr int64_t kFewPixels = 64, kFewPixelsThin = 1024, kThinBf16 = 8;
 
 // Checked row indices into `channels` channels.
 const int64_t* rows_of(const std::optional<Tensor>& rows, int64_t channels) {
@@ -58,9 +60,10 @@ void hand_over(T* dw, const float* sums, int64_t rows, int64_t columns, bool tur
 
 bool is_strided(const LinearDw& p) { return p.sh > 1 || p.sw > 1; }
 
-bool is_fused(const LinearDw& p) {
-  return p.pixels <= kFewPixels || std::min(p.selected, p.c_in) <= kThin ||
-         (p.rows && 2 * p.selected <= p.c_out && p.pixels >= kManyPixels);
+bool is_fused(const LinearDw& p, bool image) {
+  if (p.type == Type::bf16)
+    return p.pixels <= kFewPixels || (p.pixels <= kFewPixelsThin && std::min(p.selected, p.c_in) <= kThinBf16);
+  return p.rows || !image || p.pixels < kConvPixels || p.pixels * p.c_out * p.c_in < kConvWork;
 }
 
 // dw of images is an image of one pixel.
@@ -102,19 +105,23 @@ Tensor strided_pixels(const LinearDw& p, const Tensor& x) {
   return y;
 }
 
+// dw of all channels of an image.
+Tensor by_convolution(const LinearDw& p, const Tensor& x, const Tensor& dy) {
+  const Tensor read = is_strided(p) ? strided_pixels(p, x) : x;
+  const Ints size{dy.size(0), p.c_in, p.oh, p.ow};
+  const Tensor image = torch::stable::from_blob(read.mutable_data_ptr(), size, strides_of(size, true), x.device(), x.scalar_type());
+  return conv_dw(dy, image, empty_dw(dy, p.c_out, p.c_in), {1, 1}, {0, 0}, {1, 1});
+}
+
 // The whole product, from which rows are chosen where gathering most of dy would take longer.
-Tensor by_pytorch(const LinearDw& p, const Tensor& x, const Tensor& dy) {
+Tensor by_product(const LinearDw& p, const Tensor& x, const Tensor& dy) {
   const bool gathered = p.rows && 2 * p.selected < p.c_out;
   const int64_t m = gathered ? p.selected : p.c_out;
-  Tensor dw = empty_dw(dy, m, p.c_in);
-  if (dy.dim() == 4 && !gathered && !is_strided(p) && p.pixels > kConvPixels && p.c_in < kConvChannels) {
-    dw = conv_dw(dy, x, dw, {1, 1}, {0, 0}, {1, 1});
-  } else {
-    const Tensor left = gathered ? taken_columns(dy, p.rows, p.selected, p.pixels, p.c_out) : dy;
-    const Tensor read = is_strided(p) ? strided_pixels(p, x) : x;
-    Tensor out = matrix(dw, m, p.c_in);
-    aten("aten::mm", "out", matrix(left, p.pixels, m, true), matrix(read, p.pixels, p.c_in), out);
-  }
+  const Tensor left = gathered ? taken_columns(dy, p.rows, p.selected, p.pixels, p.c_out) : dy;
+  const Tensor read = is_strided(p) ? strided_pixels(p, x) : x;
+  const Tensor dw = empty_dw(dy, m, p.c_in);
+  Tensor out = matrix(dw, m, p.c_in);
+  aten("aten::mm", "out", matrix(left, p.pixels, m, true), matrix(read, p.pixels, p.c_in), out);
   if (!p.rows || gathered) return dw;
   const Tensor chosen = empty_dw(dy, p.selected, p.c_in);
   const int64_t bytes = p.c_in * x.element_size();
@@ -129,7 +136,8 @@ Tensor linear_dw(const Tensor& x, const Tensor& dy, const std::optional<Tensor>&
   p.x = x.const_data_ptr(), p.dy = dy.const_data_ptr(), p.type = type_of(x);
   p.rows = rows_of(rows, p.c_out), p.selected = p.rows ? rows->numel() : p.c_out;
   require(type_of(dy) == p.type, "x and dy must have one type.");
-  return is_fused(p) ? fused(p, dy) : by_pytorch(p, x, dy);
+  if (is_fused(p, dy.dim() == 4)) return fused(p, dy);
+  return p.type == Type::bf16 ? by_product(p, x, dy) : by_convolution(p, x, dy);
 }
 
 namespace {
