@@ -10,9 +10,7 @@ its total score beside a bound that no choice exceeds (`optimum.py`). Writes bud
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from torch.nn import functional as F
 
 import sparse_bwd as sb
 from benchmarks.optimum import upper_bound
-from sparse_bwd.measure.machine import commit, machine
+from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.memory import held_between_steps, predict, step_peak
 from sparse_bwd.memory.predict import OPTIMIZERS
 from sparse_bwd.selection.charges import channel_costs
@@ -163,7 +161,7 @@ def main() -> None:
         for share in (0.05, 0.2, 0.5)
     ]
     record = {
-        "version": 1, "command": "python -m benchmarks.budgets " + shlex.join(sys.argv[1:]),
+        "version": 1, "command": command_line("benchmarks.budgets"),
         "commit": commit(Path(__file__).parent), "machine": machine(), "kept": kept, "chosen": chosen,
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)

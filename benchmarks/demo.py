@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +28,7 @@ from torch.nn import functional as F
 import sparse_bwd as sb
 from benchmarks import figures
 from benchmarks.digits import BATCH, Digits, digit_network
-from sparse_bwd.measure.machine import commit, machine
+from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.selection import Policy, Scheme
 from sparse_bwd.training.files import write_json
 
@@ -228,7 +226,7 @@ def run(
     drawn = [timeline(v.panel, t) for v, t in zip(rows, trainers, strict=True) if v.panel]
     results = {
         "version": 1,
-        "command": "python -m benchmarks.demo " + shlex.join(sys.argv[1:]),
+        "command": command_line("benchmarks.demo"),
         "commit": commit(Path(__file__).parent),
         "machine": machine(),
         "epochs": epochs,

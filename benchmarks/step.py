@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import layers
-from sparse_bwd.measure.machine import commit, machine, slug
+from sparse_bwd.measure.machine import command_line, commit, machine, slug
 from sparse_bwd.measure.step import LAYOUTS, Measured, Setting, Variant, dense, measure, ours
 from sparse_bwd.ops import backend
 
@@ -237,7 +236,7 @@ def main() -> int:
         cases[key] = run(CASES[key], options.batch, options.size, options.rounds, options.device)
     results = {
         "version": 2,
-        "command": "python -m benchmarks.step " + shlex.join(sys.argv[1:]),
+        "command": command_line("benchmarks.step"),
         "commit": commit(Path(__file__).parent),
         "date": datetime.date.today().isoformat(),
         "machine": machine(options.device),

@@ -12,9 +12,7 @@ the fewest numbers per channel whose sketches differ by no more, or by at most 5
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,7 +27,7 @@ import sparse_bwd as sb
 from benchmarks.accuracy import unpack
 from benchmarks.velocity_meters import ProductMeter, SampledMeter
 from benchmarks.velocity_report import draw, page
-from sparse_bwd.measure.machine import commit, machine
+from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.selection.costs import CostTable, greedy_prefix
 from sparse_bwd.selection.probe import noise_images
 from sparse_bwd.selection.responses import Meter, ResponseMeter
@@ -223,11 +221,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def named(word: str) -> str:
-    """A word of the command line, a path of this machine by its name alone."""
-    return Path(word).name if Path(word).is_absolute() else word
-
-
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
@@ -252,7 +245,7 @@ def main() -> None:
     rows = pooled(runs)
     record = {
         "version": 1,
-        "command": "python -m benchmarks.velocity " + shlex.join(named(word) for word in sys.argv[1:]),
+        "command": command_line("benchmarks.velocity"),
         "commit": commit(Path(__file__).parent),
         "machine": machine(),
         "seconds": time.perf_counter() - began,

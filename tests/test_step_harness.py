@@ -115,3 +115,16 @@ def test_machine_says_where_a_result_comes_from(tmp_path: Path) -> None:
     assert machine.slug("Intel(R) Xeon(R) Processor @ 2.10GHz") == "intel-xeon-processor-2-10ghz"
     assert machine.commit(tmp_path) == "unknown"
     assert machine.commit(Path(__file__).parent) != ""
+
+
+def test_the_command_of_a_result_names_no_folder_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--data", str(tmp_path / "digits.zip"), "--out", "benchmarks/results"]
+    )
+    assert machine.command_line("benchmarks.step") == (
+        "python -m benchmarks.step --data digits.zip --out benchmarks/results"
+    )
+    monkeypatch.setattr(sys, "argv", ["x"])
+    assert machine.command_line("benchmarks.step") == "python -m benchmarks.step"

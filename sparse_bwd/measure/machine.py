@@ -2,7 +2,9 @@
 
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,12 @@ def processor() -> str:
 def slug(name: str) -> str:
     """A name as part of a file name: lower case, words joined by hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+def command_line(module: str) -> str:
+    """How this process was started as `python -m module ...`, with absolute paths by their names alone."""
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    return f"python -m {module} {shlex.join(words)}".rstrip()
 
 
 def commit(folder: Path) -> str:
