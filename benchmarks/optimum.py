@@ -39,7 +39,7 @@ class _Rows:
         )
 
 
-def upper_bound(scores: Sequence[Tensor], limits: Sequence[Limit], seconds: float = 60.0) -> float:
+def upper_bound(scores: Sequence[Tensor], limits: Sequence[Limit], seconds: float = 600.0) -> float:
     """The total score that no choice under `limits` exceeds; infinity if none is known after `seconds`.
 
     Arguments as in `knapsack.solve`.

@@ -104,99 +104,94 @@ def _mixtures(count: int) -> Tensor:
 
 
 def _solve_one(ordered: list[Tensor], limits: Sequence[Limit], weights: Tensor) -> Tensor:
-    """The best choice under the mixture of the limits, made to fit each of them."""
-    charges = _mixed(limits, weights)
-    tables = _Tables(ordered, charges)
-    best = _best(tables, tables.priced(), 1.0)
+    """The best choice when channels are taken by score per unit of the mixture of the limits."""
+    tables = _Tables(ordered, limits, weights)
+    best = _best(tables, tables.priced())
     while True:
         near = torch.cat([best[0][1][None], _neighbours(best[0][1])])
-        better = _best(tables, near, 1.0)
+        better = _best(tables, near)
         if better[0][0] <= best[0][0] * (1 + 1e-9):
             break
         best = better
-    filled = [_fill(ordered, limits, charges.unit, _fitting(counts, limits)) for _, _, counts in best]
+    filled = [_fill(ordered, limits, tables.mixed.unit, counts) for _, _, counts in best]
     return max(filled, key=lambda counts: _total(ordered, counts))
 
 
-def _mixed(limits: Sequence[Limit], weights: Tensor) -> Charges:
-    """One set of charges under which the limits, each with its weight, are the limit 1."""
-    parts = [
-        (limit.charges, float(w) / max(limit.amount, 1e-9)) for limit, w in zip(limits, weights, strict=True)
-    ]
-    return Charges(
-        unit=_sum([c.unit * w for c, w in parts]),
-        group=parts[0][0].group,
-        charge=_sum([c.charge * w for c, w in parts]),
-        depth=_sum([c.depth * w for c, w in parts]),
-    )
+def _scaled(charges: Charges, factor: float) -> Charges:
+    return Charges(charges.unit * factor, charges.group, charges.charge * factor, charges.depth * factor)
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def _fitting(counts: Tensor, limits: Sequence[Limit]) -> Tensor:
-    """`counts`, all lowered by the same share until they fit every limit."""
-    low, high = 0.0, 1.0
-    if all(limit.fits(counts) for limit in limits):
-        return counts
-    for _ in range(20):
-        middle = (low + high) / 2
-        fits = all(limit.fits((counts * middle).floor().long()) for limit in limits)
-        low, high = (middle, high) if fits else (low, middle)
-    return (counts * low).floor().long()
-
-
 class _Tables:
-    """Channels and scores of each layer at each price: `count`, `score` [L, P]; `price` [P], falling."""
+    """Channels and scores of each layer at each price: `count`, `score` [L, P]; `price` [P], falling.
 
-    def __init__(self, ordered: list[Tensor], charges: Charges) -> None:
-        self.charges = charges
-        density = torch.cat([score / unit for score, unit in zip(ordered, charges.unit, strict=True)])
+    The price is per unit of `mixed`, the weighted sum of the limits; `each` holds the limits, every one as share of
+    what it allows.
+    """
+
+    def __init__(self, ordered: list[Tensor], limits: Sequence[Limit], weights: Tensor) -> None:
+        self.each = [_scaled(limit.charges, 1 / max(limit.amount, 1e-9)) for limit in limits]
+        parts = [_scaled(charges, float(w)) for charges, w in zip(self.each, weights, strict=True)]
+        self.mixed = Charges(
+            unit=_sum([part.unit for part in parts]),
+            group=parts[0].group,
+            charge=_sum([part.charge for part in parts]),
+            depth=_sum([part.depth for part in parts]),
+        )
+        density = torch.cat([score / unit for score, unit in zip(ordered, self.mixed.unit, strict=True)])
         quantiles = torch.linspace(1, 0, PRICES, dtype=torch.float64)
         positions = (quantiles * (len(density) - 1)).round().long()
         self.price = torch.sort(density).values[positions].unique().flip(0)
         rows = []
-        for score, unit in zip(ordered, charges.unit, strict=True):
+        for score, unit in zip(ordered, self.mixed.unit, strict=True):
             # the channels whose score is at least price x unit: a prefix of the falling scores
             rows.append(torch.searchsorted(-score, -(self.price * unit), right=True))
         self.count = torch.stack(rows)
         sums = [torch.cat([score.new_zeros(1), score.cumsum(0)]) for score in ordered]
         self.score = torch.stack([total[row] for total, row in zip(sums, self.count, strict=True)])
-        self.spent = self.count * charges.unit[:, None]
-        self.members = torch.zeros(len(charges.unit), len(charges.charge), dtype=torch.float64)
-        self.members[torch.arange(len(charges.unit)), charges.group] = 1
+        self.members = torch.zeros(len(parts[0].unit), len(parts[0].charge), dtype=torch.float64)
+        self.members[torch.arange(len(parts[0].unit)), parts[0].group] = 1
 
     def priced(self) -> Tensor:
         """Sets [n, L] (bool) that are optimal at some price, among the layers behind each possible first one."""
-        layers = len(self.charges.unit)
-        share = self.charges.charge[self.charges.group] / self.members.sum(0)[self.charges.group]
-        gain = (self.score - self.price * (self.spent + share[:, None]))[:, ::3]
+        layers = len(self.mixed.unit)
+        share = self.mixed.charge[self.mixed.group] / self.members.sum(0)[self.mixed.group]
+        spent = self.count * self.mixed.unit[:, None]
+        gain = (self.score - self.price * (spent + share[:, None]))[:, ::3]
         behind = torch.ones(layers, layers).triu().bool()  # row d: layers d ... L - 1
         sets = ((gain > 0).t()[:, None, :] & behind[None]).reshape(-1, layers)
         sets = torch.cat([torch.zeros(1, layers, dtype=torch.bool), behind, sets])
         distinct: Tensor = sets.unique(dim=0)
         return distinct
 
-    def fixed(self, sets: Tensor) -> Tensor:
-        """What the sets [n, L] pay whatever the price: groups and depth, [n]."""
+    def left(self, sets: Tensor) -> Tensor:
+        """Share of each limit that the sets [n, L] leave at each price, [limits, n, P]; negative: too much."""
         z = sets.double()
+        groups = ((z @ self.members) > 0).double()
         first = sets.int().argmax(1)
-        opened = ((z @ self.members) > 0).double() @ self.charges.charge
-        return torch.where(sets.any(1), opened + self.charges.depth[first], 0.0)
+        rests = []
+        for charges in self.each:
+            fixed = torch.where(sets.any(1), groups @ charges.charge + charges.depth[first], 0.0)
+            rests.append(1 - fixed[:, None] - z @ (self.count * charges.unit[:, None]))
+        return torch.stack(rests)
 
 
-def _best(tables: _Tables, sets: Tensor, budget: float) -> list[tuple[float, Tensor, Tensor]]:
+def _best(tables: _Tables, sets: Tensor) -> list[tuple[float, Tensor, Tensor]]:
     """The most promising of `sets` [n, L], best first: value, set and channels per layer at the lowest fitting price.
 
-    The value counts what is left of the budget at that price, about what filling it will bring.
+    The value counts what filling the rest will bring: the share of the way to the next price that fits.
     """
-    z = sets.double()
-    left = budget - tables.fixed(sets)[:, None] - z @ tables.spent.double()
-    column = (left >= 0).sum(1) - 1  # what is spent rises along the prices
+    left = tables.left(sets)
+    column = (left.amin(0) >= 0).sum(1) - 1  # what is spent rises along the prices
     row = torch.arange(len(sets))
-    rest = left[row, column] * tables.price[(column + 1).clamp(max=len(tables.price) - 1)]
-    value = torch.minimum((z @ tables.score)[row, column] + rest, z @ tables.score[:, -1])
+    score = sets.double() @ tables.score
+    after = (column + 1).clamp(max=len(tables.price) - 1)
+    now = left[:, row, column]
+    step = (now / (now - left[:, row, after]).clamp(min=1e-12)).amin(0).clamp(0, 1)
+    value = torch.lerp(score[row, column], score[row, after], step)
     value = value.masked_fill(column < 0, -1.0)
     best = value.topk(min(CANDIDATES, len(sets))).indices.tolist()
     found = [
