@@ -9,7 +9,8 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from benchmarks.figures import MIB, STYLE, WIDTH_INCHES, save
+from benchmarks.figures import MIB, save
+from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
 
 # Marker, line and colour of each family of cases; hollow on axis "out". What has no budget is a single point.
 FAMILIES: dict[str, tuple[str, Any, str]] = {

@@ -12,8 +12,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend is chosen first: no display is needed
 
+from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
+
 MIB = 2**20
-WIDTH_INCHES, DPI = 8.0, 150
 # From dark to light, so that the order of the kinds can be told in grey as well; hatches tell neighbours apart.
 KINDS = {
     "parameter": ("parameters", "#00204d", ""),
@@ -31,17 +32,6 @@ POLICIES = {
     "random": ("v", "#1f9e89"),
     "sparse update": ("P", "#8a6d00"),
     "head only": ("X", "#7f7f7f"),
-}
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "hatch.linewidth": 0.4,
-    "savefig.dpi": DPI,
-    "figure.constrained_layout.use": True,
 }
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from benchmarks.figures import STYLE, WIDTH_INCHES, save
+from benchmarks.figures import save
+from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
 
 Row = Mapping[str, Any]
 # Marker, line and colour of each way that comes in several sizes.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -65,6 +67,17 @@ def batches(count: int = 1, size: int = 12, images: int = 4, classes: int = 3) -
         )
         for _ in range(count)
     ]
+
+
+def labelled() -> tuple[torch.Tensor, torch.Tensor]:
+    """Four images for `small_net` and their classes, the same in every call."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(4, 3, 6, 6, generator=generator), torch.tensor([0, 1, 2, 0])
+
+
+def unread(*_: Any) -> Any:
+    """Data, or a hook, that must not be used."""
+    raise AssertionError("the data was read")
 
 
 def rows_of(selection: sb.Selection, table: CostTable) -> set[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from torch.nn import functional as F
 import sparse_bwd as sb
 from sparse_bwd.selection import RankedPolicy
 from sparse_bwd.selection.gradients import GradientMeter
-from tests.small import Small, rows_of, small_net, train, trained
+from tests.small import Small, labelled, rows_of, small_net, train, trained, unread
 
 THIRD = sb.Budget(fraction=0.3)
 
@@ -24,12 +22,7 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(4, 3, 6, 6, generator=generator), torch.tensor([0, 1, 2, 0])
-
-
-def unread() -> Any:
-    raise AssertionError("the data was read")
+    return labelled()
 
 
 def hand_prefix(score: list[float], cost: list[int], budget: int) -> set[int]:

@@ -13,7 +13,7 @@ import sparse_bwd as sb
 from sparse_bwd.selection.costs import cost_table
 from sparse_bwd.selection.gradients import GradientMeter
 from sparse_bwd.selection.trady import top_share
-from tests.small import Small, rows_of, small_net, train, trained
+from tests.small import Small, labelled, rows_of, small_net, train, trained, unread
 
 THIRD = sb.Budget(fraction=0.3)
 
@@ -25,12 +25,7 @@ def model() -> nn.Module:
 
 @pytest.fixture
 def data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(4, 3, 6, 6, generator=generator), torch.tensor([0, 1, 2, 0])
-
-
-def unread() -> Any:
-    raise AssertionError("the data was read")
+    return labelled()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
 from sparse_bwd.measure.plan import RULE, VERSION, Fit, Plan, Row
 
 MIB, GIGA = 2**20, 1e9
@@ -29,16 +30,6 @@ SUM = (
     "columns, which are not at their highest at the same time; predicted for this machine."
 )
 LEAST = 0.005  # of the largest layer: a bar too short to be seen
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "hatch.linewidth": 0.4,
-    "savefig.dpi": 150,
-    "figure.constrained_layout.use": True,
-}
 WIDTH = 110  # of text that goes to no terminal
 
 
@@ -151,7 +142,7 @@ def draw(plan: Mapping[str, Any], path: Path) -> None:
     rows = [row for row in plan["rows"] if row["trained"] or row["gradient"] or _size(row) > least]
     with plt.rc_context(STYLE):
         figure, (held, passing) = plt.subplots(
-            1, 2, sharey=True, width_ratios=(3, 2), figsize=(8.0, 2.2 + 0.19 * len(rows))
+            1, 2, sharey=True, width_ratios=(3, 2), figsize=(WIDTH_INCHES, 2.2 + 0.19 * len(rows))
         )
         _bars(held, rows, [kind for kind in KINDS if kind != "transient"])
         _bars(passing, rows, ["transient"])

@@ -152,18 +152,6 @@ def _kept_bytes(
     return lambda response, channels, first: response.numel() * size
 
 
-def velocity_bytes(
-    model: nn.Module,
-    probe: Any,
-    axis: str = "out",
-    measure: str = "sketch",
-    storage: torch.dtype | None = None,
-    numbers: int | None = None,
-) -> int:
-    """Bytes that a velocity policy with these settings holds between its steps; arguments as in `predict`."""
-    return sum(velocity_layers(model, probe, axis, measure, storage, numbers).values())
-
-
 def velocity_layers(
     model: nn.Module,
     probe: Any,
@@ -172,7 +160,7 @@ def velocity_layers(
     storage: torch.dtype | None = None,
     numbers: int | None = None,
 ) -> dict[str, int]:
-    """`velocity_bytes` by layer.
+    """Bytes that a velocity policy with these settings holds between its steps, by layer; arguments as in `predict`.
 
     What is kept of the responses to the probe, and three float64 numbers per channel (selection/velocity.py).
     """

@@ -233,6 +233,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def map_tensors(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
+    """`inputs` with `function` applied to every tensor in it."""
     return torch.utils._pytree.tree_map_only(Tensor, function, inputs)
 
 

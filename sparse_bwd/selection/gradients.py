@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_bwd.memory.simulate import call, map_tensors
 from sparse_bwd.nn import SparseConv2d, layers
 from sparse_bwd.nn.compact import synchronise
 from sparse_bwd.selection.costs import CostTable
-from sparse_bwd.selection.probe import call, in_mode, map_tensors
+from sparse_bwd.selection.probe import in_mode
 from sparse_bwd.selection.weights import Layer, channel_norms, groups_of
 
 MODES = ("eval", "current")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.memory.predict import velocity_bytes
+from sparse_bwd.memory.predict import velocity_layers
 from sparse_bwd.nn import layers
 from sparse_bwd.selection.budget import Budget
 from sparse_bwd.selection.costs import greedy_prefix
@@ -150,7 +150,7 @@ class VelocityPolicy(BudgetPolicy):
     @property
     def held_bytes(self) -> int:
         if self._responses is None:
-            self._responses = velocity_bytes(self.model, self.probe, *self._measured_by)
+            self._responses = sum(velocity_layers(self.model, self.probe, *self._measured_by).values())
         return super().held_bytes + self._responses
 
     @property

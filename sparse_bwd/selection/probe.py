@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sparse_bwd.memory.simulate import map_tensors
 
 # Noise is drawn on a grid of so many points a side: what neighbouring pixels of photographs share.
 GRID = 8
@@ -28,17 +30,6 @@ def noise_images(count: int, size: int, channels: int = 3, seed: int = 0) -> Ten
     return F.interpolate(grid, size=(size, size), mode="bilinear")
 
 
-def map_tensors(inputs: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply `function` to the tensors of a probe (a tensor, or a tuple, list or mapping of inputs)."""
-    if isinstance(inputs, Tensor):
-        return function(inputs)
-    if isinstance(inputs, Mapping):
-        return {key: map_tensors(value, function) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)([map_tensors(value, function) for value in inputs])
-    return inputs
-
-
 def check_probe(probe: Any) -> Any:
     """Return `probe`; TypeError or ValueError if it holds no tensor or an empty one."""
     if not isinstance(probe, (Tensor, tuple, list, Mapping)):
@@ -52,13 +43,6 @@ def check_probe(probe: Any) -> Any:
             f"The probe is empty (shapes {[tuple(shape) for shape in shapes]}); give it a few images."
         )
     return probe
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Forward of `model`: a tensor is its input, a tuple or list its arguments, a mapping its keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
 
 
 @contextmanager

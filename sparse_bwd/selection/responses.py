@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_bwd.memory.simulate import call, map_tensors
 from sparse_bwd.nn import SparseConv2d, SparseLinear
 from sparse_bwd.ops import response
-from sparse_bwd.selection.probe import call, in_mode, map_tensors
+from sparse_bwd.selection.probe import in_mode
 
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Layer = SparseConv2d | SparseLinear

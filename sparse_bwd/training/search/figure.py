@@ -3,20 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
 from sparse_bwd.training.files import write_atomically
 
 # Marker and shade of the ratios from small to large: told apart by shape where shades are not.
 _MARKS = (("o", "#bbbbbb"), ("s", "#888888"), ("^", "#555555"), ("D", "#000000"))
-_STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "savefig.dpi": 150,
-    "figure.constrained_layout.use": True,
-}
 
 
 def draw(record: dict[str, Any], path: Path) -> bool:
@@ -27,8 +18,8 @@ def draw(record: dict[str, Any], path: Path) -> bool:
         return False
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8, 4.4))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES, 4.4))
         biases, layers = figure.subplots(1, 2, width_ratios=(1, 3.4))
         _draw_biases(biases, record)
         _draw_layers(layers, record)
