@@ -36,7 +36,7 @@ class Block:
         return copy.deepcopy(self.stock).double()
 
 
-def draw_conv(pick: random.Random, channels: int, image: tuple[int, int]) -> nn.Conv2d:
+def draw_conv(pick: random.Random, channels: int, image: tuple[int, int], dtype: torch.dtype) -> nn.Conv2d:
     """A convolution that fits the image."""
     while True:
         kind = pick.choice(("1x1", "1x1", "any", "depthwise", "depthwise"))
@@ -51,6 +51,9 @@ def draw_conv(pick: random.Random, channels: int, image: tuple[int, int]) -> nn.
         )
         if image[1] < stride:
             dilation = 1  # torch 2.14 crashes in the forward of dilated convolutions of such images
+            stride = (
+                stride if dtype is torch.float32 else 1
+            )  # and its dw in bfloat16 is read from beyond them
         if all(dilation * (k - 1) < size + 2 * padding for k, size in zip(kernel, image, strict=True)):
             groups = channels if kind == "depthwise" else 1
             return nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, pick.random() < 0.5)
@@ -85,7 +88,7 @@ def draw(seed: int, dtype: torch.dtype = torch.float32, most: int = 4) -> Block:
     x = integers(pick.randint(1, 2), channels, *shape, dtype=dtype)
     y, stacks = x.float(), []
     for _ in range(pick.randint(1, most)):
-        conv = draw_conv(pick, y.shape[1], (y.shape[2], y.shape[3]))
+        conv = draw_conv(pick, y.shape[1], (y.shape[2], y.shape[3]), dtype)
         with torch.no_grad():
             for parameter in conv.parameters():
                 parameter.copy_(integers(*parameter.shape, largest=1) * (torch.rand(parameter.shape) < 0.5))

@@ -131,6 +131,26 @@ def test_sizes_on_both_sides_of_the_thresholds(
     check(Block(stock, ours, x, True, runs_of(ours)))
 
 
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bfloat16_images_narrower_than_the_stride(layout: torch.memory_format, width: int) -> None:
+    """PyTorch's own weight gradient is garbage here; the float64 one is exact and small enough for bfloat16."""
+    stock = nn.Sequential(nn.Conv2d(8, 16, 3, stride=3, padding=1, bias=False), nn.ReLU()).to(torch.bfloat16)
+    stock[0].weight.data = integers(16, 8, 3, 3, dtype=torch.bfloat16, largest=1)
+    ours: Any = copy.deepcopy(stock)
+    sb.convert(ours, always_train=[])
+    ours[0].set_channels([1, 4, 9])
+    oracle = copy.deepcopy(stock).double()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        x = integers(2, 8, 4, width, dtype=torch.bfloat16).contiguous(memory_format=layout)
+        ours.zero_grad()
+        oracle.zero_grad()
+        run(ours, x, True, native=True)
+        run(oracle, x.double(), True, gradient(ours(x)).double())
+        assert_same_bits(ours[0].trainable_weight.grad, oracle[0].weight.grad[[1, 4, 9]].bfloat16(), "dw")
+
+
 @pytest.mark.parametrize("name", USABLE)
 @pytest.mark.parametrize("seed", range(5))
 def test_every_instruction_set(seed: int, name: str) -> None:
