@@ -235,8 +235,9 @@ class SparseUpdatePolicy(Policy):
     """A fixed scheme of layers and ratios, chosen once at the first step and kept (METHOD 5).
 
     Args:
-        scheme: name of a built-in scheme ("mbv2-1" to "mbv2-5", likewise "mcunet-" and "proxyless-"), a `Scheme`, or
-            the path of a scheme file.
+        scheme: name of a built-in scheme ("mbv2-1" to "mbv2-5", likewise "mcunet-" and "proxyless-"; "resnet18-1" to
+            "resnet18-3" and likewise "resnet50-", found by `sparse-bwd search` with norm_shift), a `Scheme`, or the
+            path of a scheme file.
         axis: "in" as its authors (input channels of largest L2 norm), or "out".
         criterion: "largest", "smallest" or "random" channels.
         norm_shift: also train the shift of the norm layers that follow the last n_bias convolutions; for networks whose
