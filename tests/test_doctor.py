@@ -50,7 +50,8 @@ def test_every_operator_and_device_has_a_row() -> None:
     for row in rows:
         key = torch._C.DispatchKey.CPU if row.device == "cpu" else torch._C.DispatchKey.CUDA
         chosen = torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_bwd::{row.operator}", key)
-        assert chosen is (row.implementation == "native"), row
+        late = row.device == "cuda" and row.operator in backend._in_triton
+        assert chosen is (row.implementation == "native" or late), row
         assert row.reason, row
 
 

@@ -146,7 +146,10 @@ def test_unknown_instructions_are_refused() -> None:
 
 
 def test_forced_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match=r"must be 'plain', 'native' or None, not 'fast'"), forced("fast"):
+    with (
+        pytest.raises(ValueError, match=r"must be 'plain', 'native', 'triton' or None, not 'fast'"),
+        forced("fast"),
+    ):
         pass
 
 

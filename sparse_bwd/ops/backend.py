@@ -5,6 +5,9 @@ on any device with plain PyTorch, and where there is one with the function that 
 device. That function returns NotImplemented for calls that plain PyTorch serves better or that the library cannot
 serve at all (another dtype, a layout with gaps).
 
+On a GPU several implementations may know an operator: the native library, and Triton's kernels (`ops/triton`), which
+are imported at its first call. The table of `tuning.py` says which one is asked first.
+
 The operators have no autograd of their own: they are called inside the forward and backward of the Functions in
 `sparse_bwd.nn`, which decide what is kept. Results are allocated here in Python, so that their shapes are told once.
 """
@@ -12,19 +15,26 @@ The operators have no autograd of their own: they are called inside the forward 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparse_bwd.ops import tuning
+
 NAMESPACE = "sparse_bwd"
 NATIVE = "sparse_bwd_native"
 VARIABLE = "SPARSE_BWD_NATIVE"
+TRITON_VARIABLE = "SPARSE_BWD_TRITON"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, for tests
+IMPLEMENTATIONS = ("plain", "native", "triton")
 DEVICES = ("cpu", "cuda")
 # What a native library must hold; one that was built from other sources may lack some of it.
 KERNELS = ("affine_act", "affine_act_dx", "conv2d_dw", "max_pool2d", "max_pool2d_dx", "response")
@@ -32,6 +42,7 @@ CPU_KERNELS = ("conv_chain", "conv_chain_dx", "linear_dw", "norm_affine", "respo
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _served: dict[str, tuple[str, ...]] = {}
+_in_triton: set[str] = set()
 _forced: str | None = None
 _simulating = False
 
@@ -101,7 +112,7 @@ def direct(x: Tensor) -> bool:
     return (
         x.is_cpu
         and not _missing["cpu"]
-        and _forced != "plain"
+        and _forced in (None, "native")
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -122,7 +133,7 @@ def simulated() -> Iterator[None]:
 
 def simulates(x: Tensor) -> bool:
     """Whether x stands for a tensor that the native library would serve directly."""
-    return _simulating and x.is_cpu and not _missing["cpu"] and _forced != "plain"
+    return _simulating and x.is_cpu and not _missing["cpu"] and _forced in (None, "native")
 
 
 @functools.cache
@@ -138,6 +149,7 @@ def register(
     fake: Callable[..., Any],
     native: Callable[..., Any] | None = None,
     devices: tuple[str, ...] = DEVICES,
+    triton: str | None = None,
 ) -> Callable[..., Any]:
     """Define `sparse_bwd::<schema>`, and return the function that calls it.
 
@@ -150,14 +162,22 @@ def register(
         fake: shapes, dtypes and strides of the results without computing them.
         native: the implementation by the native library, for the calls that it serves better; else NotImplemented.
         devices: where `native` has kernels.
+        triton: the module of `sparse_bwd.ops.triton` that has a function of the operator's name, if one has.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, plain, "CompositeExplicitAutograd")
     _served[name] = devices if native is not None else ()
-    for device in _served[name]:
-        if native is not None and not _missing[device]:
-            _library.impl(name, _choosing(name, plain, native), device.upper())
+    if triton is not None:
+        _in_triton.add(name)
+    for device in DEVICES:
+        known: dict[str, Callable[..., Any]] = {"plain": plain}
+        if native is not None and device in devices and not _missing[device]:
+            known["native"] = native
+        if triton is not None and (device == "cuda" or INTERPRETED):
+            known["triton"] = _late(triton, name)
+        if len(known) > 1:
+            _library.impl(name, _choosing(name, device, known), device.upper())
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
     if native is None or "cpu" not in devices or _missing["cpu"]:
@@ -174,21 +194,56 @@ def register(
     return call
 
 
-def _choosing(name: str, plain: Callable[..., Any], native: Callable[..., Any]) -> Callable[..., Any]:
-    """The function behind an operator on a device with a native library."""
+def _late(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a module of Triton kernels, imported when it is called first."""
+
+    @functools.cache
+    def found() -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(import_module(f"sparse_bwd.ops.triton.{module}"), name)
+        return function
+
+    return lambda *args: NotImplemented if missing("triton") else found()(*args)
+
+
+def _choosing(name: str, device: str, known: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The function behind an operator on a device where more than plain PyTorch knows it."""
 
     def serve(*args: Any) -> Any:
-        if _forced != "plain":
-            result = native(*args)
+        if _forced is None:
+            for implementation in _order(name, device, args):
+                result = known[implementation](*args) if implementation in known else NotImplemented
+                if result is not NotImplemented:
+                    return result
+        elif _forced in known:
+            result = known[_forced](*args)
             if result is not NotImplemented:
                 return result
-            if _forced == "native":
-                raise NotImplementedError(
-                    f"sparse_bwd::{name} has no native kernel for this call; leave the choice to the library."
-                )
-        return plain(*args)
+            raise NotImplementedError(
+                f"sparse_bwd::{name} has no {_forced} kernel for this call; leave the choice to the library."
+            )
+        return known["plain"](*args)
 
     return serve
+
+
+def _order(name: str, device: str, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """Which implementations to ask, best first; plain PyTorch, which serves every call, is the last."""
+    if device == "cpu" or name not in _in_triton:
+        return ("native",)
+    return tuning.order(name, architecture(_first_tensor(args).device))
+
+
+def _first_tensor(args: Any) -> Tensor:
+    return args if isinstance(args, Tensor) else _first_tensor(args[0])
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The name of a device's architecture in the table of `tuning.py`: "sm_90", or "default" without a GPU."""
+    if device.type != "cuda":
+        return tuning.DEFAULT
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 @contextmanager
@@ -200,10 +255,14 @@ def forced(implementation: str | None) -> Iterator[None]:
         NotImplementedError: inside, by an operator whose native kernels cannot serve a call.
     """
     global _forced
-    if implementation not in ("plain", "native", None):
-        raise ValueError(f"The implementation must be 'plain', 'native' or None, not {implementation!r}.")
+    if implementation not in (*IMPLEMENTATIONS, None):
+        raise ValueError(
+            f"The implementation must be 'plain', 'native', 'triton' or None, not {implementation!r}."
+        )
     if implementation == "native" and all(_missing.values()):
         raise ValueError(f"No native library is loaded: {_missing['cpu']}.")
+    if implementation == "triton" and missing("triton"):
+        raise ValueError(f"Triton's kernels cannot run: {missing('triton')}.")
     before, _forced = _forced, implementation
     try:
         yield
@@ -211,20 +270,46 @@ def forced(implementation: str | None) -> Iterator[None]:
         _forced = before
 
 
-def missing(device: str) -> str:
-    """Why the native library of a device is not loaded; "" where it is."""
-    return _missing[device]
+def is_forced(implementation: str) -> bool:
+    """Whether a call of an operator now must be served by an implementation (`forced`)."""
+    return _forced == implementation
+
+
+def missing(what: str) -> str:
+    """Why the native library of a device ("cpu", "cuda"), or "triton", cannot serve; "" where it can."""
+    return _no_triton() if what == "triton" else _missing[what]
+
+
+@functools.cache
+def _no_triton() -> str:
+    if os.environ.get(TRITON_VARIABLE) == "0":
+        return f"{TRITON_VARIABLE}=0 turns Triton's kernels off"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if INTERPRETED:
+        return ""
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device"
+    if torch.version.hip:
+        return "its kernels are untested on ROCm"
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"the GPU is of sm_{major}{minor}, and its kernels need sm_80 or later"
 
 
 def status() -> list[Row]:
     """Who serves each operator on each device, and why."""
-    rows = []
-    for operator, served in _served.items():
-        for device in DEVICES:
-            if device not in served:
-                rows.append(Row(operator, device, "plain", "PyTorch's own kernels serve it"))
-            elif _missing[device]:
-                rows.append(Row(operator, device, "plain", _missing[device]))
-            else:
-                rows.append(Row(operator, device, "native", "the native library is loaded"))
-    return rows
+    return [_row(operator, device) for operator in _served for device in DEVICES]
+
+
+def _row(operator: str, device: str) -> Row:
+    """Who serves one operator on one device."""
+    native = device in _served[operator]
+    if native and not _missing[device]:
+        return Row(operator, device, "native", "the native library is loaded")
+    if device == "cuda" and operator in _in_triton:
+        reason = missing("triton")
+        if not reason:
+            return Row(operator, device, "triton", "its kernels come before plain PyTorch")
+        return Row(operator, device, "plain", reason)
+    reason = _missing[device] if native else "PyTorch's own kernels serve it"
+    return Row(operator, device, "plain", reason)

@@ -3,11 +3,16 @@
     axis "out":  dw[k, C_in] = dy[:, rows]^T x        db[k] = sum dy[:, rows]
     axis "in":   dw[C_out, k] = dy^T x[:, columns]    (x arrives already gathered: it is what was kept)
 
-Work and result are k / C of dense; beside the result one gathered slice of dy is allocated.
+Work and result are k / C of dense; beside the result one gathered slice of dy is allocated. Triton's kernel gathers dy
+as it reads, and allocates the partial results of its splits instead.
+
+`linear_dw_statistics` also gives |dw|^2, <dw, previous> and <weight, dw> of every row, float32 [3, k]: what policies by
+gradient norm read, and a velocity that needs no probe.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparse_bwd.ops.backend import known, native, register
@@ -40,6 +45,31 @@ linear_dw = register(
     _fake,
     linear_dw_native,
     devices=("cpu",),
+    triton="linear_dw",
+)
+
+
+def linear_dw_statistics_plain(
+    x: Tensor, dy: Tensor, rows: Tensor | None, bias: bool, previous: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dw, db = linear_dw(x, dy, rows, bias)
+    wide = dw.float()
+    others = [wide, previous, weight]
+    products = [wide.new_zeros(len(dw)) if o is None else (wide * o.float()).sum(1) for o in others]
+    return dw, db, torch.stack(products)
+
+
+def _fake_statistics(x, dy, rows, bias, previous, weight):  # type: ignore[no-untyped-def]
+    dw, db = _fake(x, dy, rows, bias)
+    return dw, db, dw.new_empty((3, dw.shape[0]), dtype=torch.float32)
+
+
+linear_dw_statistics = register(
+    "linear_dw_statistics(Tensor x, Tensor dy, Tensor? rows, bool bias, Tensor? previous, Tensor? weight) "
+    "-> (Tensor, Tensor, Tensor)",
+    linear_dw_statistics_plain,
+    _fake_statistics,
+    triton="linear_dw",
 )
 
 
