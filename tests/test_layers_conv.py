@@ -169,6 +169,20 @@ def test_compact_parameters_keep_channels_last(groups: int, axis: str, selection
     assert layer.trainable_weight.grad.data_ptr() == arrived[0]
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_input_channels_of_one_group_of_a_grouped_1x1(layout: torch.memory_format, stride: int) -> None:
+    """Where one group is touched the gradient is a plain product, but of the shape of a grouped layer."""
+    layer = sb.SparseConv2d(6, 9, 1, stride=stride, groups=3, bias=False)
+    layer.set_channels([2, 3], axis="in", bias="none")
+    x = torch.randint(-2, 3, (3, 6, 5, 4)).float().contiguous(memory_format=layout)
+    y = layer(x)
+    dy = torch.randint(-2, 3, y.shape).float()
+    y.backward(dy)
+    dense = torch.nn.grad.conv2d_weight(x, (9, 2, 1, 1), dy, stride=stride, groups=3)
+    assert_same_bits(layer.trainable_weight.grad, dense[3:6].transpose(0, 1), "dw")
+
+
 @pytest.mark.parametrize("width", [1, 2])
 def test_bfloat16_images_narrower_than_the_stride(width: int) -> None:
     """PyTorch's own gradient is garbage here (uninitialised memory), ours is exact: integers in, exact sums out."""

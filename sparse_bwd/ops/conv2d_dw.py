@@ -85,11 +85,10 @@ def conv2d_dw_plain(
     regroup: bool,
 ) -> Tensor:
     geometry = Geometry(tuple(stride), tuple(padding), padding_mode, tuple(dilation), groups)  # type: ignore[arg-type]
-    if geometry.is_product(size, x, dy):
-        return linear_dw_plain(pixels(x), pixels(dy), rows, False)[0][:, :, None, None]
-    if geometry.is_strided_product(size, x, dy):
+    if geometry.is_product(size, x, dy) or geometry.is_strided_product(size, x, dy):
         read = x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
-        return linear_dw_plain(pixels(read), pixels(dy), rows, False)[0][:, :, None, None]
+        product = linear_dw_plain(pixels(read), pixels(dy), rows, False)[0]
+        return (product.t() if regroup else product)[:, :, None, None]
     x = x if spread is None else take_channels(x, spread)
     dy = dy if rows is None else take_channels(dy, rows)
     per_group = x.shape[1] // groups
