@@ -25,6 +25,8 @@ _PRODUCTS = {
     "sparse_bwd": ("conv2d_dw", "linear_dw"),
     "sparse_bwd_native": ("conv_chain", "conv_chain_dx"),
 }  # fmt: skip
+# A number among the operands becomes a tensor of eight bytes, and then one of the other operands' type.
+_NUMBER = 16
 _measured: dict[Any, int] = {}
 
 
@@ -37,7 +39,7 @@ def scratch_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
     """
     space, _, name = func._schema.name.partition("::")
     if name not in _PRODUCTS.get(space, ()):
-        return 0
+        return _NUMBER if _takes_number(func, args) else 0
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return 0
@@ -46,6 +48,15 @@ def scratch_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
         with _disable_current_modes(), torch.no_grad():
             _measured[key] = _measure(func, *tree_map_only(Tensor, _zeros, (args, kwargs)))
     return _measured[key]
+
+
+def _takes_number(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a Python number stands among the arguments where an operator wants a number or a tensor."""
+    kinds = (argument.type.kind() for argument in func._schema.arguments)
+    return any(
+        kind in ("NumberType", "TensorType") and isinstance(value, (int, float))
+        for kind, value in zip(kinds, args, strict=False)
+    )
 
 
 def _description(tensor: Tensor) -> tuple[Any, ...]:
