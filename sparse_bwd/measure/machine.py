@@ -16,15 +16,32 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     from importlib import metadata
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("torchvision", "timm"):
+    for name in ("triton", "torchvision", "timm"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     found = {"processor": processor(), "threads": torch.get_num_threads(), "system": platform.system()}
     if torch.device(device).type == "cuda":  # pragma: no cover -- needs CUDA
-        found["gpu"] = torch.cuda.get_device_name(device)
+        found |= _gpu(device)
+        versions["cuda"] = torch.version.cuda or "none"
     return {**found, "versions": versions}
+
+
+def _gpu(device: str) -> dict[str, Any]:  # pragma: no cover -- needs CUDA
+    """Name, memory in bytes, multiprocessors and driver of a GPU."""
+    about = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        lines = []
+    return {
+        "gpu": about.name,
+        "memory": about.total_memory,
+        "multiprocessors": about.multi_processor_count,
+        "driver": lines[0] if lines else "unknown",
+    }
 
 
 def processor() -> str:

@@ -27,9 +27,12 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants of a case share."""
+    """What all variants of a case share.
 
-    network: str
+    `network` is a torchvision or timm name, which needs the extra `training`, or a function of the number of classes.
+    """
+
+    network: str | Callable[[int], nn.Module]
     batch: int = 16
     size: int = 128
     classes: int = 1000
@@ -78,10 +81,12 @@ class Measured:
 
 
 def build(setting: Setting) -> nn.Module:
-    """The network by its torchvision or timm name, randomly initialised with the setting's seed, in eval mode."""
+    """The network, randomly initialised with the setting's seed, in eval mode."""
+    torch.manual_seed(setting.seed)
+    if not isinstance(setting.network, str):
+        return setting.network(setting.classes).eval().to(setting.device)
     from sparse_bwd.training.models import build_model
 
-    torch.manual_seed(setting.seed)
     return build_model(setting.network, setting.classes).eval().to(setting.device)
 
 

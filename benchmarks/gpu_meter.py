@@ -1,0 +1,117 @@
+"""How `benchmarks.gpu` takes times: calls in interleaved rounds after a warm-up, each round running every call once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+WARM = 2
+QUANTILES = (0.2, 0.5, 0.8)
+HEAD_START = 300_000  # cycles by which the GPU starts late, for each call that is queued meanwhile
+Name = TypeVar("Name")
+
+
+def quantiles(values: list[float]) -> list[float]:
+    """p20, p50 and p80 with four digits."""
+    if not values:
+        return [math.nan] * len(QUANTILES)
+    found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64))
+    return [float(f"{value:.4g}") for value in found.tolist()]
+
+
+@contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Inside, float32 products may use TF32 where the dtype is "tf32", and are exact otherwise.
+
+    By the older flags: torch.compile reads them, and PyTorch raises where the newer ones say something else.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+        yield
+    finally:
+        matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@dataclass
+class Meter:
+    """Times by the host's clock. `rounds` 0: every call runs in the warm-up alone."""
+
+    rounds: int
+    device: str = "cpu"
+
+    def times(self, calls: Mapping[Name, Callable[[], object]], cold: bool = True) -> dict[Name, list[float]]:
+        """p20, p50 and p80 of each call, in ms.
+
+        Args:
+            cold: time the work on the device alone, every call with its inputs out of the cache; else from the start
+                of a call to the end of its work, as it comes.
+        """
+        for _ in range(WARM if self.rounds else 1):
+            for call in calls.values():
+                call()
+        taken: dict[Name, list[float]] = {name: [] for name in calls}
+        for _ in range(self.rounds):
+            for name, ms in self.round(calls, cold).items():
+                taken[name].append(ms)
+        return {name: quantiles(values) for name, values in taken.items()}
+
+    def round(self, calls: Mapping[Name, Callable[[], object]], cold: bool) -> dict[Name, float]:
+        """ms of each call, each once."""
+        found = {}
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            found[name] = (time.perf_counter() - start) * 1e3
+        return found
+
+    def memory(self) -> tuple[int, int] | None:
+        """Bytes that the allocator has given out, and those it has taken from the driver; None where it counts none."""
+        return None
+
+    def release(self) -> None:
+        """Give memory that is not used back."""
+
+
+class CudaMeter(Meter):
+    """Times by CUDA events.
+
+    Where the device's work alone counts, a kernel that only waits gives the host the time to queue a round, so that the
+    device never waits for it, and before every call a buffer of four times the size of the L2 is read.
+    """
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__(rounds, "cuda")
+        self.flush = torch.ones(torch.cuda.get_device_properties(0).L2_cache_size, device="cuda")
+        self.sink = torch.empty((), device="cuda")
+
+    def round(self, calls: Mapping[Name, Callable[[], object]], cold: bool) -> dict[Name, float]:
+        events: dict[Name, tuple[Any, Any]] = {}
+        torch.cuda.synchronize()
+        if cold:
+            torch.cuda._sleep(HEAD_START * len(calls))
+        for name, call in calls.items():
+            events[name] = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            if cold:
+                torch.sum(self.flush, 0, out=self.sink)
+            events[name][0].record()
+            call()
+            events[name][1].record()
+            if not cold:
+                torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+
+    def memory(self) -> tuple[int, int]:
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
