@@ -85,7 +85,8 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Iterator[C
     for rows in (None, torch.arange(0, wide, 3)):
         given, dy = (integers(pixels, size, largest=1, dtype=dtype) for size in (thin, wide))
         yield "linear_dw", (given, dy, rows, False)
-    yield "response", (x(*shape), x(*shape))
+    yield "response", (x(*shape), x(*shape), None)
+    yield "response", (x(*shape), x(n, len(range(0, c, 2)), h, w), torch.arange(0, c, 2))
     yield "response_sketch", (x(*shape), integers(c, 5).double(), 2**40 + 3, 2**32 - 20)
     yield "norm_affine", (shift, scale.abs() + 1, scale, None, 0.0)
     yield (

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparse_bwd as sb
-from sparse_bwd.ops import backend, bits, reference
+from sparse_bwd.ops import backend, bits, reference, response
 from sparse_bwd.ops.conv2d_dw import kept_input, make_plan
 from sparse_bwd.ops.write_back import read_slices
 from tests.cases import AXES, CONV_CASES, LAYOUTS, SELECTIONS, Case, is_depthwise
@@ -218,6 +218,19 @@ def test_response(shape: tuple[int, ...], stored: torch.dtype) -> None:
             assert_same_bits(actual, oracle, name)
         assert_same_bits(held, new.to(stored), "stored response")
     check(OPS.response.default, new, previous)
+
+
+@pytest.mark.parametrize("chosen", [[1], [0, 2, 3], []], ids=str)
+def test_response_of_selected_channels(chosen: list[int]) -> None:
+    channels = torch.tensor(chosen, dtype=torch.int64)
+    new, previous = integers(3, 4, 5, 6), integers(3, len(chosen), 5, 6)
+    expected = torch.stack(reference.response_ref(new[:, channels], previous))
+    for layout in ("contiguous", "channels_last"):
+        held = LAYOUTS[layout](previous.clone())
+        sums = response(LAYOUTS[layout](new), held, channels)
+        assert_same_bits(sums, expected, layout)
+        assert_same_bits(held, new[:, channels], "stored response")
+    check(OPS.response.default, new, previous, channels)
 
 
 def units(*shape: int) -> Tensor:

@@ -11,14 +11,15 @@ from sparse_bwd.ops import response as _response  # noqa: F401  (registers the o
 from sparse_bwd.ops import sketch as _sketch  # noqa: F401
 
 
-def response(new: Tensor, previous: Tensor) -> Tensor:
-    """Sums [3, N, C] float64: <new, previous>, |new|^2, |previous|^2 per sample and channel; previous <- new.
+def response(new: Tensor, previous: Tensor, channels: Tensor | None = None) -> Tensor:
+    """Sums [3, N, k] float64: <new, previous>, |new|^2, |previous|^2 per sample and channel; previous <- new.
 
     Args:
         new: the response now, [N, C, *].
-        previous: the stored response, same shape, of any floating dtype; overwritten.
+        previous: the stored response of the measured channels, [N, k, *], of any floating dtype; overwritten.
+        channels: those channels, int64 [k]; None = all C.
     """
-    result: Tensor = _ops.sparse_bwd.response(new, previous)
+    result: Tensor = _ops.sparse_bwd.response(new, previous, channels)
     return result
 
 

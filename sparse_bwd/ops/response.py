@@ -3,7 +3,8 @@
     new, previous [N, C, *]  ->  sums [3, N, C] in float64: <new, previous>, |new|^2, |previous|^2;  previous <- new
 
 The previous response may be stored in a smaller dtype than the new one. Sums are taken in float64, one sample at a
-time: velocity is a small difference of cosines near 1.
+time: velocity is a small difference of cosines near 1. Where only some channels are measured, the previous response and
+the sums are those of these channels, [N, k, *] and [3, N, k].
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import torch
 from torch import Tensor
 
 from sparse_bwd.ops.backend import known, native, register
+from sparse_bwd.ops.layout import take_channels
 
 
-def _sums(new: Tensor) -> Tensor:
-    return torch.empty(3, *new.shape[:2], dtype=torch.float64, device=new.device)
+def _sums(previous: Tensor) -> Tensor:
+    return torch.empty(3, *previous.shape[:2], dtype=torch.float64, device=previous.device)
 
 
-def response_plain(new: Tensor, previous: Tensor) -> Tensor:
-    sums, c = _sums(new), new.shape[1]
+def response_plain(new: Tensor, previous: Tensor, channels: Tensor | None = None) -> Tensor:
+    new = new if channels is None else take_channels(new, channels)
+    sums, planes = _sums(previous), (new.shape[1], new.shape[2:].numel())
     for i in range(new.shape[0]):
-        a = new[i].reshape(c, -1).double()
-        b = previous[i].reshape(c, -1).double()
+        a = new[i].reshape(planes).double()
+        b = previous[i].reshape(planes).double()
         sums[0, i] = (a * b).sum(1)
         sums[1, i] = a.square().sum(1)
         sums[2, i] = b.square_().sum(1)
@@ -37,17 +40,25 @@ def channels_last(x: Tensor) -> bool | None:
     return True if x.dim() > 2 and x.movedim(1, -1).is_contiguous() else None
 
 
-def response_native(new: Tensor, previous: Tensor) -> Tensor:
+def response_native(new: Tensor, previous: Tensor, channels: Tensor | None = None) -> Tensor:
+    if known(new) and known(previous) and channels is not None:
+        new = take_channels(new, channels)
     last = channels_last(new)
     if last is None or not (known(new) and known(previous)) or new.stride() != previous.stride():
         return NotImplemented
-    sums = _sums(new)
+    sums = _sums(previous)
     native("response")(sums, previous, new, last)
     return sums
 
 
-def _fake(new: Tensor, previous: Tensor) -> Tensor:
-    return _sums(new)
+def _fake(new: Tensor, previous: Tensor, channels: Tensor | None = None) -> Tensor:
+    return _sums(previous)
 
 
-register("response(Tensor new, Tensor(a!) previous) -> Tensor", response_plain, _fake, response_native)
+register(
+    "response(Tensor new, Tensor(a!) previous, Tensor? channels=None) -> Tensor",
+    response_plain,
+    _fake,
+    response_native,
+    triton="response",
+)

@@ -77,4 +77,5 @@ register(
     _fake,
     response_sketch_native,
     devices=("cpu",),
+    triton="response_sketch",
 )
