@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_bwd as sb
+from sparse_bwd.memory.simulate import tensors_of
+from sparse_bwd.ops.response import response_plain
+from sparse_bwd.ops.sketch import response_sketch_plain
+from sparse_bwd.selection.policies import make_meter
 from sparse_bwd.selection.probe import in_mode, noise_images
-from sparse_bwd.selection.responses import ResponseMeter, channel_view, similarity
+from sparse_bwd.selection.responses import ResponseMeter, channel_view, on_the_host, similarity
 from sparse_bwd.selection.velocity import Velocity
 from tests.velocity_net import Net, edit, shapes
 
@@ -255,3 +262,78 @@ def test_noise_images_are_pixels_that_the_seed_decides():
     assert not torch.equal(images[0], images[1])
     with pytest.raises(ValueError, match="empty"):
         noise_images(0, 20)
+
+
+class Waits(TorchDispatchMode):
+    """Fails where the host would wait for a GPU, and counts the copies from it, which wait once each.
+
+    The GPU is one that fake tensors say they are on, so that no machine needs one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten, kwargs = torch.ops.aten, kwargs or {}
+        given = tensors_of((args, kwargs))
+        on_gpu, name = any(tensor.is_cuda for tensor in given), func.overloadpacket
+        reads = (aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.equal, aten.masked_select)
+        assert not (on_gpu and name in reads), f"{func} waits for the GPU"
+        if name in (aten.index, aten.index_put, aten.index_put_):
+            assert not any(tensor.dtype is torch.bool for tensor in tensors_of(args[1])), (
+                f"{func} with a mask"
+            )
+        if name is aten._local_scalar_dense:
+            return True  # of a tensor of the host, which has no values here
+        result = func(*args, **kwargs)
+        if name in (aten._to_copy, aten.copy_):
+            source = args[0] if name is aten._to_copy else args[1]
+            if source.device != result.device:
+                self.copies += source.is_cuda
+                assert source.is_cuda or kwargs.get("non_blocking") or args[2:] == (True,), "a blocking copy"
+        return result
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("measure", ["exact", "sketch"])
+def test_a_round_waits_for_the_gpu_once(measure: str, axis: str) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        net = Net()
+        sb.convert(net)
+        meter, probe = make_meter(measure, None, 4, seed=0), torch.randn(2, 3, 5, 5, device="cpu")
+        for _ in range(3):
+            with Waits() as waits:
+                phi = meter.measure(net, shapes(net, axis), axis, probe)
+            assert waits.copies == 1
+            assert all(values.device.type == "cpu" for values in phi.values())
+
+
+def test_plain_operators_do_not_wait() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), Waits() as waits:
+        new, sums = torch.randn(3, 4, 5, 5), torch.zeros(4, 6, dtype=torch.float64)
+        response_plain(new, new.half())
+        response_plain(new, new[:, :2].half(), torch.arange(2))
+        response_sketch_plain(new, sums, 7, 2**33)
+    assert waits.copies == 0
+
+
+def test_what_waits_is_noticed() -> None:
+    """The watch sees what it is there for."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), Waits() as waits:
+        x = torch.randn(3)
+        for wrong in (lambda: float(x[0]), lambda: x[x > 0], lambda: bool((x > 0).all()), x.nonzero):
+            with pytest.raises(AssertionError):
+                wrong()
+        with pytest.raises(AssertionError, match="blocking"):
+            torch.zeros(3, device="cpu").to("cuda")
+        x.cpu()
+    assert waits.copies == 1
+
+
+def test_phi_comes_to_the_host_in_order_and_names_what_is_not_finite() -> None:
+    phi = {"a": torch.rand(3).double(), "b": torch.rand(2).double()}
+    found = on_the_host(phi)
+    assert list(found) == ["a", "b"] and all(torch.equal(found[name], phi[name]) for name in phi)
+    with pytest.raises(ValueError, match="'b'"):
+        on_the_host({**phi, "b": torch.tensor([1.0, float("nan")], dtype=torch.float64)})

@@ -68,7 +68,8 @@ class Meter(ABC):
 
         `channels` maps a name to the layer and its number of channels on `axis`. On axis "in" responses are the layer's
         input, except for a depthwise layer, whose channels are the same on both sides. Each call adds samples. Layers
-        that were not called, or are measured for the first time, have phi = 1.
+        that were not called, or are measured for the first time, have phi = 1. On a GPU nothing waits for the device
+        but the copy of all phi at the end.
         """
         self._begin()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -77,7 +78,7 @@ class Meter(ABC):
             calls: Counter[str] = Counter()
             for name, (layer, count) in channels.items():
                 stack.callback(_hook(layer, axis, self._recorder(name, layer, count, calls)).remove)
-            call(model, map_tensors(probe, lambda tensor: tensor.to(device)))
+            call(model, map_tensors(probe, lambda tensor: tensor.to(device, non_blocking=True)))
         self.unmeasured = tuple(name for name in channels if not calls[name])
         return self._finish({name: count for name, (_, count) in channels.items()})
 
@@ -155,14 +156,14 @@ class ResponseMeter(Meter):
         first = call == len(kept)
         if first:
             kept.append(torch.empty_like(new, dtype=self.storage).copy_(new))
-        previous = kept[call] = kept[call].to(new.device)
+        previous = kept[call] = kept[call].to(new.device, non_blocking=True)
         if previous.shape != new.shape:
             raise changed_shape(name, new.shape, previous.shape)
         self._records.append((name, first, response(new, previous)))
 
     def _finish(self, channels: Mapping[str, int]) -> dict[str, Tensor]:
         records, self._records = self._records, []
-        phi = _mean_similarity(records, channels)
+        phi = on_the_host(_mean_similarity(records, channels))
         self._complete = True
         return phi
 
@@ -247,15 +248,39 @@ def _hook(layer: Layer, axis: str, record: Callable[[Tensor], None]) -> torch.ut
 def _mean_similarity(
     records: list[tuple[str, bool, Tensor]], channels: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Mean over samples and calls of each layer; `records`: (name, whether it is a first response, sums [3, N, C])."""
-    samples: dict[str, list[Tensor]] = {name: [] for name in channels}
+    """Mean over samples and calls of each layer, on its device; NaN for a channel with a response that is not finite.
+
+    `records`: (name, whether it is a first response, sums [3, N, C]).
+    """
+    taken: dict[str, list[tuple[bool, Tensor]]] = {name: [] for name in channels}
     for name, first, sums in records:
-        sums = sums.cpu()
-        if not bool(sums.isfinite().all()):
+        taken[name].append((first, sums))
+    phi = {name: torch.ones(count, dtype=torch.float64) for name, count in channels.items()}
+    for name, calls in taken.items():
+        if calls:
+            compared = [similarity(sums) for first, sums in calls if not first]
+            mean = torch.cat(compared).mean(0) if compared else torch.ones_like(calls[0][1][0, 0])
+            phi[name] = nan_unless(
+                torch.cat([sums.isfinite().flatten(0, 1) for _, sums in calls]).all(0), mean
+            )
+    return phi
+
+
+def nan_unless(finite: Tensor, phi: Tensor) -> Tensor:
+    """phi [C], but NaN for channels whose responses are not finite: what `on_the_host` refuses later."""
+    return phi.masked_fill(~finite, float("nan"))
+
+
+def on_the_host(phi: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """phi of every layer on the CPU, by one copy from each device; ValueError that names a layer with a NaN."""
+    together: dict[torch.device, list[str]] = {}
+    for name, values in phi.items():
+        together.setdefault(values.device, []).append(name)
+    found: dict[str, Tensor] = {}
+    for names in together.values():
+        parts = torch.cat([phi[name] for name in names]).cpu().split([len(phi[name]) for name in names])
+        found |= dict(zip(names, parts, strict=True))
+    for name in phi:
+        if not bool(found[name].isfinite().all()):
             raise not_finite(name)
-        if not first:
-            samples[name].append(similarity(sums))
-    return {
-        name: torch.cat(parts).mean(0) if parts else torch.ones(channels[name], dtype=torch.float64)
-        for name, parts in samples.items()
-    }
+    return {name: found[name] for name in phi}
