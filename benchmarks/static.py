@@ -32,9 +32,16 @@ POINTERS = {
 MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+)")
 
 
+# A product of matrices in Triton's own representation, for which there must be such an instruction.
+PRODUCT = re.compile(r"tt\.dot .*(inputPrecision = tf32.*xf32>|xf16>|xbf16>) \*")
+
+
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel on one architecture: bytes shared and spilled (AMD: registers), and its instruction for matrices."""
+    """One kernel on one architecture: bytes shared and spilled (AMD: registers), and its instruction for matrices.
+
+    `product`: whether it multiplies matrices of a type for which tensor cores exist.
+    """
 
     kernel: str
     architecture: str
@@ -46,6 +53,20 @@ class Compiled:
     shared: int
     spills: int
     matrix: str
+    product: bool
+
+    def faults(self) -> list[str]:
+        """What must not be, in words."""
+        found = []
+        if self.spills:
+            found.append(
+                f"spills {self.spills} {'bytes' if self.architecture.startswith('sm_') else 'registers'}"
+            )
+        if self.shared > SHARED[self.architecture]:
+            found.append(f"needs {self.shared} bytes of shared memory, {SHARED[self.architecture]} are there")
+        if self.product and not self.matrix:
+            found.append("multiplies matrices without tensor cores")
+        return found
 
 
 def target_of(architecture: str) -> Any:
@@ -64,7 +85,9 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
     known: dict[tuple[int], Any] = {}
     for place, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments.get(name)
-        if name in launch.constants or value is None or (isinstance(value, int) and value == 1):
+        if isinstance(value, bool) and not launch.kernel.params[place].is_constexpr:
+            types[name] = "u1"
+        elif name in launch.constants or launch.kernel.params[place].is_constexpr or _is_told(value):
             types[name] = "constexpr"
             constants.setdefault(name, value)
         elif isinstance(value, Tensor):
@@ -77,6 +100,41 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
         else:
             types[name] = "fp32"
     return types, constants, known
+
+
+def _is_told(value: Any) -> bool:
+    """Whether Triton compiles a kernel for this very value."""
+    return value is None or (isinstance(value, int) and value == 1)
+
+
+def key(launch: Launch) -> tuple[Any, ...]:
+    """What two launches have in common where Triton compiles one kernel for both."""
+    types, constants, known = signature(launch)
+    shown = tuple(sorted((name, str(value)) for name, value in constants.items()))
+    return launch.kernel.__name__, tuple(types.items()), shown, tuple(known), launch.warps, launch.stages
+
+
+def knows(architecture: str) -> bool:
+    """Whether this Triton compiles anything at all for an architecture."""
+    import triton
+    from triton.compiler import ASTSource
+
+    try:
+        triton.compile(ASTSource(_nothing(), {}, {}, {}), target=target_of(architecture))
+    except Exception:  # whatever it says, it does not know the architecture
+        return False
+    return True
+
+
+def _nothing() -> Any:
+    """A kernel that does nothing."""
+    import triton
+
+    @triton.jit
+    def nothing() -> None:
+        pass
+
+    return nothing
 
 
 def compile_launch(launch: Launch, architecture: str) -> Compiled:
@@ -114,6 +172,7 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
         made.metadata.shared,
         spills,
         found.group(1) if found else "",
+        PRODUCT.search(made.asm["ttir"]) is not None,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import sparse_bwd.nn  # noqa: F401 -- registers the operators
-from sparse_bwd.ops import backend
+from sparse_bwd.ops import backend, tuning
 from sparse_bwd.version import __version__
 
 REBUILD = (
@@ -46,6 +46,7 @@ def examine() -> dict[str, Any]:
             "blocks": not backend.missing("cpu"),
         },
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "triton": {"reason": backend.missing("triton"), "tiles": _tiles()},
         "libraries": {device: _library(device) for device in backend.DEVICES},
         "operators": [row._asdict() for row in backend.status()],
     }
@@ -64,6 +65,9 @@ def render(found: dict[str, Any]) -> str:
     for device, library in found["libraries"].items():
         state = "loaded" if library["loaded"] else f"not loaded: {library['reason']}"
         lines.append(f"{'native ' + device.upper() + ' library':22}{state}")
+    triton = found["triton"]
+    lines.append(f"{'Triton kernels':22}{'not used: ' + triton['reason'] if triton['reason'] else 'used'}")
+    lines.append(f"{'tiles of Triton':22}{triton['tiles']}")
     rows = [("operator", "device", "served by", "why"), *(tuple(row.values()) for row in found["operators"])]
     lines += ["", *_table(rows), ""]
     if any(library["loaded"] for library in found["libraries"].values()):
@@ -90,6 +94,17 @@ def _library(device: str) -> dict[str, Any]:
         "reason": reason,
         "remedy": _remedy(device, path) if reason else "",
     }
+
+
+def _tiles() -> str:
+    """Which table of tiles Triton's kernels get, and what it was measured with."""
+    from sparse_bwd.measure.tuned import in_use, in_words
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return in_words(in_use(backend.architecture(torch.device(device))))
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{tuning.user_file()} cannot be used ({error}); delete it, or run `sparse-bwd tune` again"
 
 
 def _remedy(device: str, path: Path) -> str:

@@ -24,7 +24,7 @@ BUILD = "in a clone of the repository run `SPARSE_BWD_NATIVE={} pip install --fo
 
 def test_json_and_text_hold_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
-    assert set(found) == {"versions", "tools", "cpu", "gpus", "libraries", "operators"}
+    assert set(found) == {"versions", "tools", "cpu", "gpus", "triton", "libraries", "operators"}
     assert found["versions"]["sparse_bwd"] == __version__ and found["versions"]["torch"] == torch.__version__
     assert found["cpu"]["torch"] == torch.backends.cpu.get_cpu_capability()
     assert found["operators"] == [row._asdict() for row in backend.status()]

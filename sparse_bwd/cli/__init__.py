@@ -6,10 +6,11 @@ from sparse_bwd.cli import (  # each adds its commands to the application
     finetune,
     runs,
     search,
+    tune,
 )
 from sparse_bwd.cli.common import app
 
-__all__ = ["app", "doctor", "explain", "finetune", "main", "runs", "search"]
+__all__ = ["app", "doctor", "explain", "finetune", "main", "runs", "search", "tune"]
 
 
 def main() -> None:
