@@ -5,8 +5,9 @@
 
 Kept for backward: ceil(Y / 8) bytes of flags in storage order of y, and a. Neither x nor y is needed.
 A flag is set where relu and hardtanh let no gradient through, and where leaky_relu has slope 1; a NaN passes its
-gradient as in PyTorch. The work runs over blocks of about 2**18 elements, so that the flags as bytes (one per element)
-never exist for a whole tensor and each block stays in cache between the steps.
+gradient as in PyTorch. Plain PyTorch runs over blocks of about 2**18 elements, so that the flags as bytes (one per
+element) never exist for a whole tensor and each block stays in cache between the steps; native code and Triton read
+each element once.
 """
 
 from __future__ import annotations
@@ -180,19 +181,20 @@ def affine_act_dx_plain(
     return dx, dshift
 
 
-def _inner(x: Tensor) -> int:
+def inner_of(x: Tensor) -> int:
     """Neighbours in storage that share a channel: 1 in channels_last, H W in NCHW, 0 where x has gaps."""
     if x.is_contiguous():
         return x.numel() // max(x.shape[0] * x.shape[1], 1) if x.dim() > 1 else 1
     return 1 if is_channels_last(x) else 0
 
 
-def _fits(vector: Tensor | None) -> bool:
-    """Whether the native kernels can read a per-channel vector."""
+def fits(vector: Tensor | None) -> bool:
+    """Whether kernels can read a per-channel vector."""
     return vector is None or (vector.dtype is torch.float32 and vector.is_contiguous())
 
 
-def _mask_for(y: Tensor, act: str, keep: bool) -> Tensor:
+def mask_for(y: Tensor, act: str, keep: bool) -> Tensor:
+    """Room for the packed flags of y; empty where none are kept."""
     size = bits.packed_size(y.numel()) if keep and act != "none" else 0
     return torch.empty(size, dtype=torch.uint8, device=y.device)
 
@@ -200,11 +202,11 @@ def _mask_for(y: Tensor, act: str, keep: bool) -> Tensor:
 def affine_act_native(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, low: float, high: float, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    inner = _inner(x)
-    if not (inner and known(x) and _fits(scale) and _fits(shift)):
+    inner = inner_of(x)
+    if not (inner and known(x) and fits(scale) and fits(shift)):
         return NotImplemented
     y = torch.empty_like(x)
-    mask = _mask_for(y, act, keep)
+    mask = mask_for(y, act, keep)
     kept = mask if keep and act != "none" else None
     native("affine_act")(y, kept, x, scale, shift, inner, CODES[act], low, high)
     return y, mask
@@ -213,10 +215,10 @@ def affine_act_native(
 def affine_act_inplace_native(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, low: float, high: float, keep: bool
 ) -> Tensor:
-    inner = _inner(x)
-    if not (inner and known(x) and _fits(scale) and _fits(shift)):
+    inner = inner_of(x)
+    if not (inner and known(x) and fits(scale) and fits(shift)):
         return NotImplemented
-    mask = _mask_for(x, act, keep)
+    mask = mask_for(x, act, keep)
     kept = mask if keep and act != "none" else None
     native("affine_act")(x, kept, x, scale, shift, inner, CODES[act], low, high)
     return mask
@@ -232,8 +234,8 @@ def affine_act_dx_native(
     shift_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty_strided(dy.shape, tuple(strides), dtype=dy.dtype, device=dy.device)
-    inner = _inner(dx)
-    if not (inner and known(dy) and _fits(scale)):
+    inner = inner_of(dx)
+    if not (inner and known(dy) and fits(scale)):
         return NotImplemented
     source = dy if dy.stride() == dx.stride() else dx.copy_(dy)
     channels = dy.shape[1] if dy.dim() > 1 else 1
@@ -265,13 +267,18 @@ def _fake_dx(dy, scale, mask, act, slope, strides, shift_gradient):  # type: ign
 
 _ARGUMENTS = "Tensor? scale, Tensor? shift, str act, float low, float high, bool keep"
 affine_act = register(
-    f"affine_act(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)", affine_act_plain, _fake, affine_act_native
+    f"affine_act(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    affine_act_plain,
+    _fake,
+    affine_act_native,
+    triton="affine_act",
 )
 affine_act_ = register(
     f"affine_act_(Tensor(a!) x, {_ARGUMENTS}) -> Tensor",
     affine_act_inplace_plain,
     _fake_inplace,
     affine_act_inplace_native,
+    triton="affine_act",
 )
 affine_act_dx = register(
     "affine_act_dx(Tensor dy, Tensor? scale, Tensor? mask, str act, float slope, SymInt[] strides, "
@@ -279,4 +286,5 @@ affine_act_dx = register(
     affine_act_dx_plain,
     _fake_dx,
     affine_act_dx_native,
+    triton="affine_act",
 )

@@ -2,8 +2,8 @@
 
     y[n, c, i, j] = max over (a, b) of x[n, c, i s - p + a d, j s - p + b d]        offset = a kw + b  (0 to 255)
 
-Kept for backward: Y bytes, instead of x and an int64 index per output. Extra work: the offsets are turned into
-PyTorch's indices again in backward, a few images at a time.
+Kept for backward: Y bytes, instead of x and an int64 index per output. Extra work of plain PyTorch: the offsets are
+turned into its indices again in backward, a few images at a time; native code and Triton read them as they are.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ def max_pool2d_plain(
     ceil: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = _output_shape(x, kernel, stride, padding, dilation, ceil)
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    offset = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=layout)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    offset = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=_layout(x))
     top = _origin(shape[2], stride[0], padding[0], x)[:, None]
     left = _origin(shape[3], stride[1], padding[1], x)
     for block in _blocks(y):
@@ -70,8 +69,7 @@ def max_pool2d_dx_plain(
     dilation: Sequence[int],
     ceil: bool,
 ) -> Tensor:
-    layout = torch.channels_last if is_channels_last(offset) else torch.contiguous_format
-    dx = torch.empty(tuple(shape), dtype=dy.dtype, device=dy.device, memory_format=layout)
+    dx = torch.empty(tuple(shape), dtype=dy.dtype, device=dy.device, memory_format=_layout(offset))
     top = _origin(dy.shape[2], stride[0], padding[0], dy)[:, None]
     left = _origin(dy.shape[3], stride[1], padding[1], dy)
     for block in _blocks(dy):
@@ -90,6 +88,37 @@ def _dense(x: Tensor) -> bool:
     return x.is_contiguous() or is_channels_last(x)
 
 
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def results(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """Room for y and the offsets; None for x with gaps, and for windows that PyTorch refuses in its own words."""
+    shape = _output_shape(x, kernel, stride, padding, dilation, ceil)
+    legal = min(shape[2:]) > 0 and all(
+        2 * padding[i] <= kernel[i] and dilation[i] <= x.shape[2 + i] for i in (0, 1)
+    )
+    if not (legal and _dense(x)):
+        return None
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    return y, torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=_layout(x))
+
+
+def gradients(dy: Tensor, offset: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """Room for dx, and dy in the layout of the offsets; None for offsets with gaps."""
+    if not _dense(offset):
+        return None
+    dx = torch.empty(tuple(shape), dtype=dy.dtype, device=dy.device, memory_format=_layout(offset))
+    return dx, dy.contiguous(memory_format=_layout(offset))
+
+
 def max_pool2d_native(
     x: Tensor,
     kernel: Sequence[int],
@@ -98,19 +127,11 @@ def max_pool2d_native(
     dilation: Sequence[int],
     ceil: bool,
 ) -> tuple[Tensor, Tensor]:
-    shape = _output_shape(x, kernel, stride, padding, dilation, ceil)
-    # What PyTorch refuses, it refuses in its own words.
-    legal = min(shape[2:]) > 0 and all(
-        2 * padding[i] <= kernel[i] and dilation[i] <= x.shape[2 + i] for i in (0, 1)
-    )
-    if not (legal and known(x) and _dense(x)):
+    made = results(x, kernel, stride, padding, dilation, ceil) if known(x) else None
+    if made is None:
         return NotImplemented
-    last = is_channels_last(x)
-    layout = torch.channels_last if last else torch.contiguous_format
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    offset = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=layout)
-    native("max_pool2d")(y, offset, x, kernel, stride, padding, dilation, last)
-    return y, offset
+    native("max_pool2d")(*made, x, kernel, stride, padding, dilation, is_channels_last(x))
+    return made
 
 
 def max_pool2d_dx_native(
@@ -123,13 +144,11 @@ def max_pool2d_dx_native(
     dilation: Sequence[int],
     ceil: bool,
 ) -> Tensor:
-    if not (known(dy) and _dense(offset)):
+    made = gradients(dy, offset, shape) if known(dy) else None
+    if made is None:
         return NotImplemented
-    last = is_channels_last(offset)
-    layout = torch.channels_last if last else torch.contiguous_format
-    dx = torch.empty(tuple(shape), dtype=dy.dtype, device=dy.device, memory_format=layout)
-    dy = dy.contiguous(memory_format=layout)
-    native("max_pool2d_dx")(dx, dy, offset, kernel, stride, padding, dilation, last)
+    dx, dy = made
+    native("max_pool2d_dx")(dx, dy, offset, kernel, stride, padding, dilation, is_channels_last(offset))
     return dx
 
 
@@ -146,28 +165,27 @@ def _output_shape(x, kernel, stride, padding, dilation, ceil):  # type: ignore[n
 
 
 def _fake(x, kernel, stride, padding, dilation, ceil):  # type: ignore[no-untyped-def]
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    y = torch.empty(
-        _output_shape(x, kernel, stride, padding, dilation, ceil),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=layout,
-    )
+    shape = _output_shape(x, kernel, stride, padding, dilation, ceil)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
     return y, torch.empty_like(y, dtype=torch.uint8)
 
 
 def _fake_dx(dy, offset, shape, kernel, stride, padding, dilation, ceil):  # type: ignore[no-untyped-def]
-    layout = torch.channels_last if is_channels_last(offset) else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=dy.dtype, device=dy.device, memory_format=layout)
+    return torch.empty(tuple(shape), dtype=dy.dtype, device=dy.device, memory_format=_layout(offset))
 
 
 _WINDOW = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil"
 max_pool2d = register(
-    f"max_pool2d(Tensor x, {_WINDOW}) -> (Tensor, Tensor)", max_pool2d_plain, _fake, max_pool2d_native
+    f"max_pool2d(Tensor x, {_WINDOW}) -> (Tensor, Tensor)",
+    max_pool2d_plain,
+    _fake,
+    max_pool2d_native,
+    triton="max_pool2d",
 )
 max_pool2d_dx = register(
     f"max_pool2d_dx(Tensor dy, Tensor offset, SymInt[] shape, {_WINDOW}) -> Tensor",
     max_pool2d_dx_plain,
     _fake_dx,
     max_pool2d_dx_native,
+    triton="max_pool2d",
 )
