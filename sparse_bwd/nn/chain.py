@@ -4,18 +4,22 @@
     norm activation                  one pass instead of two, one new tensor instead of two
 
 The norm must be on running statistics. Inside a Sequential nobody else reads the values between, unless a hook does:
-a hook on an inner module, or a forward replaced on it, switches its run to the step-by-step path. Child names,
-`state_dict` keys and `get_submodule` are those of the Sequential.
+a hook on an inner module, or a forward replaced on it, switches its run to the step-by-step path. A hook that is an
+`OutputReader` and the only one of its run does what follows the convolution itself. Child names, `state_dict` keys and
+`get_submodule` are those of the Sequential.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from sparse_bwd.nn.affine_act import BatchNorm2d, activation_of, affine_act
+from sparse_bwd.nn.affine_act import IDENTITY, Activation, BatchNorm2d, activation_of, affine_act
 from sparse_bwd.nn.compact import CompactLayer, synchronise
 from sparse_bwd.nn.conv import SparseConv2d
 from sparse_bwd.nn.conv_block import Step, run_steps
@@ -28,6 +32,30 @@ _GLOBAL_HOOKS = (
 
 # A block of the usual networks. Backward keeps what the runs of a block saved until all of it is done.
 _BLOCK = 3
+
+
+class OutputReader(ABC):
+    """A forward hook that reads the output of a convolution, and can apply what follows in the same pass."""
+
+    @abstractmethod
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Read the output."""
+
+    @abstractmethod
+    def read_and_act(
+        self, output: Tensor, scale: Tensor | None, shift: Tensor | None, act: Activation
+    ) -> Tensor:
+        """Read the output [N, C, H, W] and return act(scale output + shift), which may overwrite it."""
+
+
+def _reader(run: list[nn.Module]) -> OutputReader | None:
+    """The hook of the convolution that begins a run, if it is an `OutputReader` and nobody else looks on."""
+    first, hooks = run[0], list(run[0]._forward_hooks.values())
+    alone = len(run) > 1 and len(hooks) == 1 and not torch.is_grad_enabled()
+    if not alone or type(first) is not SparseConv2d or not isinstance(hooks[0], OutputReader):
+        return None
+    others = any(first.__dict__[name] for name in _LOCAL_HOOKS if name != "_forward_hooks")
+    return None if others or "forward" in first.__dict__ or any(map(_watched, run[1:])) else hooks[0]
 
 
 def _watched(module: nn.Module) -> bool:
@@ -123,6 +151,15 @@ def _run(run: list[nn.Module], x: Tensor) -> Tensor:
             return first.affine_act(x, act, inplace=False)
         if isinstance(first, SparseLinear):
             return affine_act(first(x), None, None, act, inplace=True)
+    if (reader := _reader(run)) is not None and x.dim() == 4:
+        return _read_run(reader, run, x)
     for module in run:
         x = module(x)
     return x
+
+
+def _read_run(reader: OutputReader, run: list[nn.Module], x: Tensor) -> Tensor:
+    """A convolution whose output `reader` reads while it applies norm and activation."""
+    norm = run[1] if isinstance(run[1], BatchNorm2d) else None
+    scale, shift = (None, None) if norm is None else norm.coefficients()
+    return reader.read_and_act(run[0].forward(x), scale, shift, activation_of(run[-1]) or IDENTITY)

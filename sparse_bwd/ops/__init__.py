@@ -23,6 +23,21 @@ def response(new: Tensor, previous: Tensor, channels: Tensor | None = None) -> T
     return result
 
 
+def affine_act_response(
+    x: Tensor, previous: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, low: float, high: float
+) -> Tensor:
+    """`response` of x and `previous`, and x <- act(scale x + shift) in the same pass (`affine_act.py`).
+
+    Args:
+        x: the response now, [N, C, *]; overwritten.
+        previous: the stored response, same shape; overwritten by x as it was.
+        scale, shift: float32 [C], both or neither.
+        act: "none", "relu", "hardtanh" (from `low` to `high`) or "leaky_relu" (slope `low`).
+    """
+    result: Tensor = _ops.sparse_bwd.affine_act_response(x, previous, scale, shift, act, low, high)
+    return result
+
+
 def response_sketch(new: Tensor, sums: Tensor, seed: int, start: int) -> None:
     """Add to `sums` the sketch of a response: r random sums of its values, normalised per sample (`sketch.py`).
 
@@ -37,6 +52,7 @@ def response_sketch(new: Tensor, sums: Tensor, seed: int, start: int) -> None:
 
 __all__ = [
     "affine_act",
+    "affine_act_response",
     "conv2d_dw",
     "linear_dw",
     "max_pool2d",

@@ -5,6 +5,9 @@
 The previous response may be stored in a smaller dtype than the new one. Sums are taken in float64, one sample at a
 time: velocity is a small difference of cosines near 1. Where only some channels are measured, the previous response and
 the sums are those of these channels, [N, k, *] and [3, N, k].
+
+`affine_act_response` also does what follows the response in the network, x <- act(scale x + shift), with the same
+reading of x.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_bwd.ops.affine_act import affine_act_
 from sparse_bwd.ops.backend import known, native, register
 from sparse_bwd.ops.layout import take_channels
 
@@ -55,10 +59,31 @@ def _fake(new: Tensor, previous: Tensor, channels: Tensor | None = None) -> Tens
     return _sums(previous)
 
 
-register(
+response = register(
     "response(Tensor new, Tensor(a!) previous, Tensor? channels=None) -> Tensor",
     response_plain,
     _fake,
     response_native,
+    triton="response",
+)
+
+
+def affine_act_response_plain(
+    x: Tensor, previous: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, low: float, high: float
+) -> Tensor:
+    sums: Tensor = response(x, previous)
+    affine_act_(x, scale, shift, act, low, high, False)
+    return sums
+
+
+def _fake_affine_act(x, previous, scale, shift, act, low, high):  # type: ignore[no-untyped-def]
+    return _sums(previous)
+
+
+affine_act_response = register(
+    "affine_act_response(Tensor(a!) x, Tensor(b!) previous, Tensor? scale, Tensor? shift, str act, float low, "
+    "float high) -> Tensor",
+    affine_act_response_plain,
+    _fake_affine_act,
     triton="response",
 )

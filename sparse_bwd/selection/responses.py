@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from sparse_bwd.memory.simulate import call, map_tensors
 from sparse_bwd.nn import SparseConv2d, SparseLinear
-from sparse_bwd.ops import response
+from sparse_bwd.nn.affine_act import Activation
+from sparse_bwd.nn.chain import OutputReader
+from sparse_bwd.ops import affine_act_response, response
+from sparse_bwd.ops.affine_act import affine_act_
 from sparse_bwd.selection.probe import in_mode
 
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -77,24 +80,10 @@ class Meter(ABC):
             stack.enter_context(in_mode(model, training=False))
             calls: Counter[str] = Counter()
             for name, (layer, count) in channels.items():
-                stack.callback(_hook(layer, axis, self._recorder(name, layer, count, calls)).remove)
+                stack.callback(_Taker(self, name, layer, count, calls).follow(axis).remove)
             call(model, map_tensors(probe, lambda tensor: tensor.to(device, non_blocking=True)))
         self.unmeasured = tuple(name for name in channels if not calls[name])
         return self._finish({name: count for name, (_, count) in channels.items()})
-
-    def _recorder(self, name: str, layer: Layer, count: int, calls: Counter[str]) -> Callable[[Tensor], None]:
-        """Function that takes one response of a layer."""
-
-        def record(values: Tensor) -> None:
-            new = channel_view(layer, values.detach())
-            if new.shape[1] != count:
-                raise ValueError(
-                    f"Layer {name!r} gave {new.shape[1]} channels on the probe; {count} were expected."
-                )
-            self._take(name, calls[name], new)
-            calls[name] += 1
-
-        return record
 
     @abstractmethod
     def _begin(self) -> None:
@@ -103,6 +92,13 @@ class Meter(ABC):
     @abstractmethod
     def _take(self, name: str, call: int, new: Tensor) -> None:
         """Take the response [N, C, *] of a layer's call (0, 1, ...) in this pass, without waiting for the device."""
+
+    def _take_and_act(
+        self, name: str, call: int, new: Tensor, scale: Tensor | None, shift: Tensor | None, act: Activation
+    ) -> None:
+        """`_take`, and new <- act(scale new + shift)."""
+        self._take(name, call, new)
+        affine_act_(new, scale, shift, act.kind, act.low, act.high, False)
 
     @abstractmethod
     def _finish(self, channels: Mapping[str, int]) -> dict[str, Tensor]:
@@ -152,6 +148,18 @@ class ResponseMeter(Meter):
         self._complete, self._records = False, []  # responses are overwritten as the forward goes on
 
     def _take(self, name: str, call: int, new: Tensor) -> None:
+        previous, first = self._previous(name, call, new)
+        self._records.append((name, first, response(new, previous)))
+
+    def _take_and_act(
+        self, name: str, call: int, new: Tensor, scale: Tensor | None, shift: Tensor | None, act: Activation
+    ) -> None:
+        previous, first = self._previous(name, call, new)
+        sums = affine_act_response(new, previous, scale, shift, act.kind, act.low, act.high)
+        self._records.append((name, first, sums))
+
+    def _previous(self, name: str, call: int, new: Tensor) -> tuple[Tensor, bool]:
+        """What is kept of a call's response, and whether it is the first: then it is that of now."""
         kept = self.kept.setdefault(name, [])
         first = call == len(kept)
         if first:
@@ -159,7 +167,7 @@ class ResponseMeter(Meter):
         previous = kept[call] = kept[call].to(new.device, non_blocking=True)
         if previous.shape != new.shape:
             raise changed_shape(name, new.shape, previous.shape)
-        self._records.append((name, first, response(new, previous)))
+        return previous, first
 
     def _finish(self, channels: Mapping[str, int]) -> dict[str, Tensor]:
         records, self._records = self._records, []
@@ -235,14 +243,45 @@ def check_kind(state: Any, mine: Mapping[str, Any]) -> None:
             raise ValueError(f"The saved responses have {key} {found!r}, those of this policy {value!r}.")
 
 
-def _hook(layer: Layer, axis: str, record: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
-    """Call `record` with the output of `layer`, or on axis "in" with its input, in every forward."""
-    if axis == "out" or (isinstance(layer, SparseConv2d) and layer.depthwise):
-        return layer.register_forward_hook(lambda module, args, output: record(output))
-    return layer.register_forward_pre_hook(
-        lambda module, args, kwargs: record(args[0] if args else next(iter(kwargs.values()))),
-        with_kwargs=True,
-    )
+class _Taker(OutputReader):
+    """Gives the responses of one layer to a meter, call after call."""
+
+    def __init__(self, meter: Meter, name: str, layer: Layer, count: int, calls: Counter[str]) -> None:
+        self.meter, self.name, self.layer, self.count, self.calls = meter, name, layer, count, calls
+
+    def follow(self, axis: str) -> torch.utils.hooks.RemovableHandle:
+        """Take the output of the layer, or on axis "in" its input, in every forward."""
+        if axis == "out" or (isinstance(self.layer, SparseConv2d) and self.layer.depthwise):
+            return self.layer.register_forward_hook(self)
+        return self.layer.register_forward_pre_hook(
+            lambda module, args, kwargs: self._take(args[0] if args else next(iter(kwargs.values()))),
+            with_kwargs=True,
+        )
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._take(output)
+
+    def _take(self, values: Tensor) -> None:
+        new = self._view(values)
+        self.meter._take(self.name, self.calls[self.name], new)
+        self.calls[self.name] += 1
+
+    def read_and_act(
+        self, output: Tensor, scale: Tensor | None, shift: Tensor | None, act: Activation
+    ) -> Tensor:
+        new = self._view(output)
+        self.meter._take_and_act(self.name, self.calls[self.name], new, scale, shift, act)
+        self.calls[self.name] += 1
+        return output
+
+    def _view(self, values: Tensor) -> Tensor:
+        """One vector per sample and channel; ValueError if the channels are not the layer's."""
+        new = channel_view(self.layer, values.detach())
+        if new.shape[1] != self.count:
+            raise ValueError(
+                f"Layer {self.name!r} gave {new.shape[1]} channels on the probe; {self.count} were expected."
+            )
+        return new
 
 
 def _mean_similarity(

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_bwd.ops import response
+from sparse_bwd.ops import affine_act_response, response
+from sparse_bwd.ops.affine_act import affine_act
 from sparse_bwd.ops.layout import take_channels
 from sparse_bwd.ops.reference import response_ref
 from sparse_bwd.ops.triton import response as kernels
 from tests.cases import LAYOUTS
+from tests.native_calls import ACTS
 from tests.tolerance import assert_same_bits
 from tests.triton.drive import DTYPES, config, integers, values
 
@@ -122,3 +124,19 @@ def test_others_serve_what_it_cannot(device: str) -> None:
         with pytest.raises(NotImplementedError, match="triton"):
             response(bad, bad)
     assert kernels.response(x.to(device="meta"), x.int()) is NotImplemented
+
+
+@pytest.mark.parametrize("act", ACTS, ids=lambda act: act[0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_with_what_follows(dtype: torch.dtype, act: tuple[str, float, float], device: str) -> None:
+    """The sums of `response`, and what `affine_act` makes of the same values."""
+    for shape in ((2, 3, 5, 7), (1, 9, 9, 12)):
+        for layout in layouts(shape):
+            for norm in (True, False):
+                x, held = (LAYOUTS[layout](values(*shape, dtype=dtype, device=device)) for _ in range(2))
+                vectors = torch.randn(2, shape[1], device=device) if norm else (None, None)
+                before, stored = x.clone(), held.clone()
+                sums = affine_act_response(x, held, *vectors, *act)
+                assert_same_bits(sums, response(before, stored), "sums")
+                assert_same_bits(held, before, "stored response")
+                assert_same_bits(x, affine_act(before, *vectors, *act, False)[0], "activation")

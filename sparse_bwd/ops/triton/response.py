@@ -19,17 +19,21 @@ what the cosine lacks to one; responses that are equal have a cosine of exactly 
 and 1e18 in magnitude, or zero: squares of others leave the range of float32. A response that is stored in float64 is
 compared in float64 throughout.
 
-Moves   N k P (e_new + 2 e_previous) bytes        multiplies   4 N k P
+`affine_act_response` writes act(scale new + shift) over the new response besides, which it has in registers.
+
+Moves   N k P (e_new + 2 e_previous) bytes, e_new more with an activation        multiplies   4 N k P
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_bwd.ops.affine_act import fits
+from sparse_bwd.ops.triton.affine_act import activated
 from sparse_bwd.ops.triton.launch import TYPES, ceil_div, config, launch
 from sparse_bwd.ops.tuning import Config
 
@@ -56,13 +60,16 @@ def lanes_of(values, LANES: tl.constexpr, ADJACENT: tl.constexpr):
 
 @triton.jit
 def response_parts(
-    new, previous, channels, parts, sums,
+    new, previous, channels, scale, shift, parts, sums, low, high,
     count, positions, tiles, steps, planes,
     new_image, new_channel, new_position, previous_image, previous_channel, previous_position,
-    DIRECT: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr,
+    ACT: tl.constexpr, DIRECT: tl.constexpr, LAST: tl.constexpr, UNIT: tl.constexpr, ADJACENT: tl.constexpr,
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Four sums of a tile of channels of an image over `steps` tiles of positions; DIRECT: over all of them."""
+    """Four sums of a tile of channels of an image over `steps` tiles of positions; DIRECT: over all of them.
+
+    ACT: what is written over the new response, "" for nothing.
+    """
     image = (tl.program_id(0) // tiles).to(tl.int64)
     part = tl.program_id(1)
     channel = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
@@ -78,6 +85,9 @@ def response_parts(
         source = tl.load(channels + channel, mask=channel < count, other=0).to(tl.int32)
     else:
         source = channel
+    if scale is not None:
+        factor = tl.load(scale + channel, mask=channel < count, other=0.0)
+        term = tl.load(shift + channel, mask=channel < count, other=0.0)
     now_base = new + image * (new_image // UNIT * UNIT)
     old_base = previous + image * (previous_image // UNIT * UNIT)
     dot = tl.zeros((CHANNELS, LANES), dtype=tl.float64)
@@ -87,14 +97,17 @@ def response_parts(
     for step in range(part * steps, tl.minimum(part * steps + steps, tl.cdiv(positions, POSITIONS))):
         position = step * POSITIONS + here
         inside = (channel < count)[:, None] & (position < positions)[None, :]
-        a = tl.load(
-            now_base + (source[:, None] * new_channel + position[None, :] * new_position),
-            mask=inside,
-            other=0.0,
-        )
+        origin = now_base + (source[:, None] * new_channel + position[None, :] * new_position)
+        a = tl.load(origin, mask=inside, other=0.0)
         target = old_base + (channel[:, None] * previous_channel + position[None, :] * previous_position)
         b = tl.load(target, mask=inside, other=0.0)
         tl.store(target, a.to(previous.dtype.element_ty), mask=inside)
+        if ACT != "":
+            y = a.to(tl.float32)
+            if scale is not None:
+                y = (y * factor[:, None] + term[:, None]).to(new.dtype.element_ty).to(tl.float32)
+            y, _ = activated(y, low, high, ACT, new.dtype.element_ty)
+            tl.store(origin, y.to(new.dtype.element_ty), mask=inside)
         if previous.dtype.element_ty == tl.float64:
             a = a.to(tl.float64)
         else:
@@ -181,6 +194,20 @@ def parts_of(steps: int, tiles: int) -> int:
 
 
 def response(new: Tensor, previous: Tensor, channels: Tensor | None = None) -> Tensor:
+    return _response(new, previous, channels, "", {"scale": None, "shift": None, "low": 0.0, "high": 0.0})
+
+
+def affine_act_response(
+    x: Tensor, previous: Tensor, scale: Tensor | None, shift: Tensor | None, act: str, low: float, high: float
+) -> Tensor:
+    if not (fits(scale) and fits(shift)) or (scale is None) is not (shift is None):
+        return NotImplemented
+    return _response(x, previous, None, act, {"scale": scale, "shift": shift, "low": low, "high": high})
+
+
+def _response(
+    new: Tensor, previous: Tensor, channels: Tensor | None, act: str, following: dict[str, Any]
+) -> Tensor:
     if new.dtype not in TYPES or previous.dtype not in (*TYPES, torch.float64) or previous.numel() == 0:
         return NotImplemented
     now, old = walk_of(new), walk_of(previous)
@@ -202,6 +229,7 @@ def response(new: Tensor, previous: Tensor, channels: Tensor | None = None) -> T
     if count > 1:
         parts = torch.empty((count, 4, n, k), dtype=torch.float64, device=new.device)
     constants = {
+        "ACT": act,
         "DIRECT": count == 1,
         "LAST": last,
         "UNIT": unit,
@@ -209,7 +237,7 @@ def response(new: Tensor, previous: Tensor, channels: Tensor | None = None) -> T
     }
     launch(
         response_parts, (n * tiles, count), chosen, constants,
-        new=new, previous=previous, channels=channels, parts=parts, sums=sums if count == 1 else None,
+        new=new, previous=previous, channels=channels, parts=parts, sums=sums if count == 1 else None, **following,
         count=k, positions=positions, tiles=tiles, steps=ceil_div(steps, count), planes=n * k,
         new_image=now.image, new_channel=now.channel, new_position=now.position,
         previous_image=old.image, previous_channel=old.channel, previous_position=old.position,
