@@ -145,6 +145,8 @@ def test_work_of_small_calls_by_hand() -> None:
     # 2 x 4 x 9 values, stored in two bytes each, read and written.
     assert kernels.response(4, 3, setting).work == Work(2 * 72 + 2 * 2 * 72 + 24 * 8, 6 * 72)
     assert kernels.response(4, 3, setting, "fp32", 0.5).work == Work(2 * 36 + 8 * 36 + 24 * 4 + 16, 6 * 36)
+    both = kernels.affine_act_response(4, 3, "relu", setting)
+    assert both.work == Work(2 * 72 + 2 * 2 * 72 + 24 * 8 + 2 * 72 + 32, (6 + 3) * 72)
     assert kernels.response_sketch(4, 3, setting).work == Work(2 * 72 + 16 * 4 * 16, 4 * 72)
     # 3 of 6 rows of 4 weights, 3 of 6 filters of 9.
     layers: list[Layer] = [Linear(4, 6, 3), Conv(6, 6, 3, 1, 6, 5, "")]

@@ -243,6 +243,28 @@ def response(
     return Call("response", shape, setting.dtype, setting.layout, work, arguments)
 
 
+def affine_act_response(
+    channels: int, size: int, act: str, setting: Setting, stored: str | None = None, norm: bool = True
+) -> Call:
+    """The same of all channels, with the norm and the activation behind the response in place."""
+    plain = response(channels, size, setting, stored)
+    activation = affine_act(channels, size, act, setting, norm, flags=False, inplace=True)
+
+    def arguments(device: str) -> tuple[Any, ...]:
+        x, previous, _ = plain.arguments(device)
+        return x, previous, *activation.arguments(device)[1:6]
+
+    read = setting.batch * channels * size**2 * setting.itemsize  # by both, and once by the two together
+    moved, operations = (a + b for a, b in zip(plain.work, activation.work, strict=True))
+    return replace(
+        plain,
+        operator="affine_act_response",
+        shape=f"{activation.shape}, stored in {stored or setting.dtype}",
+        work=Work(moved - read, operations),
+        arguments=arguments,
+    )
+
+
 def response_sketch(channels: int, size: int, setting: Setting) -> Call:
     """The sketch of responses, the first of a measurement."""
 

@@ -12,6 +12,7 @@ from sparse_bwd.measure.kernels import (
     Setting,
     affine_act,
     affine_act_dx,
+    affine_act_response,
     conv2d_dw,
     linear_dw,
     linear_dw_statistics,
@@ -49,6 +50,7 @@ def activations(channels: int, size: int, act: str, setting: Setting, norm: bool
             yield affine_act(channels, size, act, setting, norm, flags, inplace)
     for shift in (False, True) if norm else (False,):
         yield affine_act_dx(channels, size, act, setting, norm, shift)
+    yield affine_act_response(channels, size, act, setting, norm=norm)
 
 
 # Layers of the networks for every kind of call: large and small images, sizes that are multiples of 16 and others,
@@ -94,7 +96,9 @@ def representative(
         found += [conv2d_dw(layer, share, small) for layer in depthwise]
         found += [write_back(layers, share, setting, "all layers", axis) for axis in ("out", "in")]
         found += activations(64, 56, "relu", setting, norm=False)
-        found += [response(64, 56, setting, stored, share) for stored in ("fp32", "fp16", "bf16", "fp64")]
+        for stored in ("fp16", "bf16", "fp64") if dtype in ("fp32", "bf16") else ("fp64",):
+            found.append(response(64, 56, setting, stored, share))
+            found.append(affine_act_response(64, 56, "relu", setting, stored))
         for call in found:
             if (str(call), call.work) not in seen:
                 seen.add((str(call), call.work))

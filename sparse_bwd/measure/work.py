@@ -11,6 +11,7 @@ e = bytes per element, N images, P positions of the output, k of C channels sele
     max_pool2d           bytes  e (x that a window reads + Y) + Y            operations  Y kh kw
     max_pool2d_dx        bytes  e (X + Y) + Y                                operations  Y
     response             bytes  e X + 2 (stored response) + 24 N k + 8 k      operations  6 X   (of k channels)
+    affine_act_response  both of the above, where x is read once and in place
     response_sketch      bytes  e X + 16 C r                                 operations  4 X
     write_back           bytes  2 e (trained weights) + 8 k per layer        operations  0
 
