@@ -173,11 +173,8 @@ def response_sketch(new: Tensor, sums: Tensor, seed: int, start: int) -> None:
 
 
 def _fitted(chosen: Config, numbers: int) -> tuple[Config, int]:
-    """The tile for r numbers, of as many values as the table says: its positions are rows of r, as wide as told."""
+    """The tile for r numbers and the width of its rows: POSITIONS in rows of r, of fewer channels where these are wide."""
     width = triton.next_power_of_2(numbers)
     channels, positions = chosen.tile["CHANNELS"], chosen.tile["POSITIONS"]
-    tile = {
-        "CHANNELS": min(channels, max(1, channels * positions // width)),
-        "ROWS": max(1, positions // width),
-    }
-    return chosen._replace(tile=tile), width
+    fewer = max(1, channels * positions // (2 * width))
+    return chosen._replace(tile={"CHANNELS": min(channels, fewer), "ROWS": max(1, positions // width)}), width
