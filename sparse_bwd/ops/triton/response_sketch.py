@@ -173,7 +173,7 @@ def response_sketch(new: Tensor, sums: Tensor, seed: int, start: int) -> None:
 
 
 def _fitted(chosen: Config, numbers: int) -> tuple[Config, int]:
-    """The tile for r numbers and the width of its rows: POSITIONS in rows of r, of fewer channels where these are wide."""
+    """The tile for r numbers and the width of its rows: POSITIONS in rows of r, fewer channels where those are wide."""
     width = triton.next_power_of_2(numbers)
     channels, positions = chosen.tile["CHANNELS"], chosen.tile["POSITIONS"]
     fewer = max(1, channels * positions // (2 * width))
