@@ -111,8 +111,9 @@ def affine_act(
     """
     shift_trained = part_shift is not None and part_shift.requires_grad
     if torch.is_grad_enabled() and (x.requires_grad or shift_trained):
-        # Autograd lets a Function with two results overwrite no view, so a view gets its values by a copy.
-        view = inplace and x._is_view()
+        # Autograd lets a Function with two results overwrite no view, so a view gets its values by a copy. So does any
+        # tensor under torch.compile, which cannot ask and makes no copy of it.
+        view = inplace and (torch.compiler.is_compiling() or x._is_view())
         y: Tensor = AffineActFunction.apply(
             x, scale, shift, part_shift, shift_rows, act, inplace and not view
         )
@@ -246,7 +247,7 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
         """Scale and shift, [C] each in float32 or float64, of the norm on its running statistics."""
         self.synchronise()
         assert self.running_mean is not None and self.running_var is not None
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        weight, bias = self._parameters["weight"], self.current("bias")
         with torch.no_grad():
             pair: tuple[Tensor, Tensor] = norm_affine(
                 self.running_mean, self.running_var, weight, bias, self.eps

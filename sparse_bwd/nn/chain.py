@@ -12,7 +12,6 @@ a hook on an inner module, or a forward replaced on it, switches its run to the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,17 +54,19 @@ def _reader(run: list[nn.Module]) -> OutputReader | None:
     if not alone or type(first) is not SparseConv2d or not isinstance(hooks[0], OutputReader):
         return None
     others = any(first.__dict__[name] for name in _LOCAL_HOOKS if name != "_forward_hooks")
-    return None if others or "forward" in first.__dict__ or any(map(_watched, run[1:])) else hooks[0]
+    return None if others or "forward" in first.__dict__ or _any_watched(run[1:]) else hooks[0]
 
 
 def _watched(module: nn.Module) -> bool:
     """Whether somebody could see this module's own input or output."""
     own = module.__dict__
-    return (
-        "forward" in own
-        or any(own[name] for name in _LOCAL_HOOKS)
-        or any(getattr(_module, name) for name in _GLOBAL_HOOKS)
-    )
+    local = [name for name in _LOCAL_HOOKS if own[name]]
+    return bool(local) or "forward" in own or bool([name for name in _GLOBAL_HOOKS if getattr(_module, name)])
+
+
+def _any_watched(modules: list[nn.Module]) -> bool:
+    """Whether one of them is; with lists, for torch.compile follows no generator inside another."""
+    return bool([module for module in modules if _watched(module)])
 
 
 def _run_length(modules: list[nn.Module], start: int) -> int:
@@ -91,7 +92,7 @@ def _is_affine(module: nn.Module) -> bool:
 
 def can_chain(sequential: nn.Sequential) -> bool:
     """Whether any neighbours in the Sequential could run as one."""
-    modules = list(_unwatched(sequential))
+    modules = _unwatched(sequential)
     return len(modules) > len(sequential) or any(_run_length(modules, i) > 1 for i in range(len(modules)))
 
 
@@ -103,13 +104,13 @@ class Chain(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        modules = list(_unwatched(self))
+        modules = _unwatched(self)
         block: list[list[nn.Module]] = []
         at = 0
         while at < len(modules):
             run = modules[at : at + _run_length(modules, at)]
             at += len(run)
-            if type(run[0]) is SparseConv2d and input.dim() == 4 and not any(_watched(m) for m in run):
+            if type(run[0]) is SparseConv2d and input.dim() == 4 and not _any_watched(run):
                 block.append(run)
                 if len(block) < _BLOCK:
                     continue
@@ -121,18 +122,23 @@ class Chain(nn.Sequential):
         return _run_block(block, input) if block else input
 
 
-def _unwatched(sequential: nn.Sequential) -> Iterator[nn.Module]:
-    """The members, with those of unwatched inner Chains in their place."""
+def _unwatched(sequential: nn.Sequential) -> list[nn.Module]:
+    """The members, with those of unwatched inner Chains in their place.
+
+    No generator: torch.compile follows none that calls itself.
+    """
+    found: list[nn.Module] = []
     for module in sequential._modules.values():
         if type(module) is Chain and not _watched(module):
-            yield from _unwatched(module)
+            found += _unwatched(module)
         elif module is not None:
-            yield module
+            found.append(module)
+    return found
 
 
 def _run_block(block: list[list[nn.Module]], x: Tensor) -> Tensor:
     """Run convolutions, each with its norm and activation, as one."""
-    synchronise(layer for run in block for layer in run[:2] if isinstance(layer, CompactLayer))
+    synchronise([layer for run in block for layer in run[:2] if isinstance(layer, CompactLayer)])
     return run_steps(autocast_input(x), [_step(run) for run in block])
 
 
@@ -144,7 +150,7 @@ def _step(run: list[nn.Module]) -> Step:
 
 def _run(run: list[nn.Module], x: Tensor) -> Tensor:
     """Run neighbours that are no convolution as one, or step by step where somebody looks on."""
-    if len(run) > 1 and not any(_watched(module) for module in run):
+    if len(run) > 1 and not _any_watched(run):
         first, act = run[0], activation_of(run[-1])
         assert act is not None
         if isinstance(first, BatchNorm2d):

@@ -145,6 +145,17 @@ class CompactLayer(nn.Module):
         assert full is not None
         return full
 
+    def current(self, name: str) -> Tensor | None:
+        """A full tensor as forward reads it, once synchronised.
+
+        Under torch.compile it is the compact one where that is the whole: two tensors in one memory, any of which is
+        written, cannot both enter a graph.
+        """
+        slot, part = self._slots.get(name), self._parameters.get(TRAINABLE[name])
+        if torch.compiler.is_compiling() and slot is not None and part is not None and slot.whole:
+            return part.detach()
+        return self._parameters[name]
+
     def _read(self, name: str) -> Tensor | None:
         """The property behind `weight` and `bias`: synchronise, then hand out the full Parameter."""
         if name not in self._parameters:
@@ -257,8 +268,8 @@ def synchronise(layers: Iterable[CompactLayer]) -> None:
                     continue
                 if not same_full or not same_part:
                     layer._record([name])
-            if slot.index is None and not compiling and part.is_set_to(full):
-                continue  # one memory
+            if slot.whole and (compiling or part.is_set_to(full)):
+                continue  # one memory; a graph reads the compact one (`current`)
             # .data has a version counter of its own: the write stays invisible to graphs that saved `full`.
             fulls.append(full.data)
             parts.append(part.data)

@@ -31,7 +31,8 @@ from sparse_bwd.ops.padding import Geometry, conv2d_dx, pad
 
 class Conv2dFunction(Function):
     """Arguments: x [N, C_in, H, W], full weight and bias (frozen), compact weight and bias, the index vectors of the
-    plan (`ops/conv2d_dw.py`), rows of dy that enter db, the geometry, and (groups of the plan, regroup)."""
+    plan (`ops/conv2d_dw.py`), rows of dy that enter db ("rows": those of the plan, for torch.compile wants no tensor
+    twice), the geometry, and (groups of the plan, regroup)."""
 
     @staticmethod
     def forward(
@@ -44,7 +45,7 @@ class Conv2dFunction(Function):
         spread: Tensor | None,
         rows: Tensor | None,
         pick: Tensor | None,
-        bias_rows: Tensor | None,
+        bias_rows: Tensor | str | None,
         geometry: Geometry,
         small: tuple[int, bool],
     ) -> Tensor:
@@ -54,6 +55,7 @@ class Conv2dFunction(Function):
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, part, part_bias, keep, spread, rows, pick, bias_rows, ctx.geometry, ctx.small = inputs
+        bias_rows = rows if isinstance(bias_rows, str) else bias_rows
         needs_dx, needs_dw, needs_db = (
             ctx.needs_input_grad[0],
             ctx.needs_input_grad[3],
@@ -187,9 +189,11 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
     def convolve(self, x: Tensor, norm: BatchNorm2d | None, act: Activation | None) -> Tensor:
         """The convolution, and the norm on running statistics and the activation behind it in place."""
         plan, slot, parameters = self._plan, self._slots.get("bias"), self._parameters
+        bias_rows = None if slot is None else slot.index
         y: Tensor = Conv2dFunction.apply(
-            x, parameters["weight"], parameters["bias"], parameters["trainable_weight"], parameters["trainable_bias"],
-            *plan[:4], None if slot is None else slot.index, self._geometry,
+            x, self.current("weight"), self.current("bias"),
+            parameters["trainable_weight"], parameters["trainable_bias"],
+            *plan[:4], "rows" if bias_rows is plan.rows else bias_rows, self._geometry,
             (plan.groups, self.axis == "in" and self.groups > 1),
         )  # fmt: skip
         if norm is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-class Function(torch.autograd.Function):
+class Function:
     """An autograd Function of `forward`, `keep` and `backward` that costs no more per call than the older style.
 
     `forward` returns the result, or a tuple of the result and of tensors (or None) that only `keep` looks at.
@@ -17,6 +18,8 @@ class Function(torch.autograd.Function):
     torch.func and torch.compile, which need the two apart, a twin in the older style calls the same two functions.
     """
 
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
     _twin: type[torch.autograd.Function]
     _split: type[torch.autograd.Function]
 
@@ -31,14 +34,14 @@ class Function(torch.autograd.Function):
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             cls.keep(ctx, inputs, output)
             if isinstance(output, tuple):
-                ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+                ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
 
         def kind(**functions: Any) -> type[torch.autograd.Function]:
             parts = {name: staticmethod(function) for name, function in functions.items()}
             return type(cls.__name__, (torch.autograd.Function,), parts)
 
         cls._twin = kind(forward=forward, backward=cls.backward)
-        # A class of its own: torch.compile does not follow super() into the `apply` of a Function.
+        # Neither is this class a Function itself: torch.compile would not call its `apply` then.
         cls._split = kind(forward=cls.forward, setup_context=setup_context, backward=cls.backward)
 
     @classmethod

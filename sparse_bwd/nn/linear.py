@@ -25,7 +25,8 @@ from sparse_bwd.ops.linear_dw import bias_gradient, linear_dw
 
 class LinearFunction(Function):
     """Arguments: x, full weight and bias (frozen), compact weight and bias, columns of x to keep (axis "in") or None,
-    rows of dy that enter dw (axis "out") or None, rows of dy that enter db or None."""
+    rows of dy that enter dw (axis "out") or None, rows of dy that enter db ("rows": the same; torch.compile wants no
+    tensor twice) or None."""
 
     @staticmethod
     def forward(
@@ -36,7 +37,7 @@ class LinearFunction(Function):
         part_bias: Tensor | None,
         keep: Tensor | None,
         rows: Tensor | None,
-        bias_rows: Tensor | None,
+        bias_rows: Tensor | str | None,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         # Beyond two dimensions PyTorch returns a view, which nobody might overwrite once a Function has returned it.
@@ -46,6 +47,8 @@ class LinearFunction(Function):
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, part, part_bias, keep, rows, bias_rows = inputs
+        ctx.same_rows = isinstance(bias_rows, str)
+        bias_rows = rows if ctx.same_rows else bias_rows
         needs_dx, needs_dw, needs_db = (
             ctx.needs_input_grad[0],
             ctx.needs_input_grad[3],
@@ -56,8 +59,6 @@ class LinearFunction(Function):
             kept, weight if needs_dx else None, part if needs_dw else None, rows if needs_dw else None,
             bias_rows if needs_db else None,
         )  # fmt: skip
-        # The layer holds one vector where both are equal, so that no values need to be compared.
-        ctx.same_rows = rows is bias_rows
         ctx.dtypes = [None if p is None else p.dtype for p in (part, part_bias)]
 
     @staticmethod
@@ -123,14 +124,17 @@ class SparseLinear(CompactLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         self.synchronise()
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        weight, bias = self.current("weight"), self.current("bias")
         input = autocast_input(input)
         slot, bias_slot = self._slots.get("weight"), self._slots.get("bias")
         index = None if slot is None else slot.index
+        rows = index if self.axis == "out" else None
+        bias_rows = None if bias_slot is None else bias_slot.index
         y: Tensor = LinearFunction.apply(
             input, weight, bias, self._parameters["trainable_weight"], self._parameters["trainable_bias"],
-            index if self.axis == "in" else None, index if self.axis == "out" else None,
-            None if bias_slot is None else bias_slot.index,
+            index if self.axis == "in" else None, rows,
+            # The layer holds one vector where both are equal, so that no values need to be compared.
+            "rows" if bias_rows is rows else bias_rows,
         )  # fmt: skip
         return y
 

@@ -39,7 +39,9 @@ class Geometry(NamedTuple):
         the more the smaller the image (dw of a tenth of the channels: 1.3 to 4 times).
         """
         plain = self.groups == 1 and self.stride == (1, 1) and not any(self.padding)
-        return plain and size[-1] == size[-2] == 1 and all(t.is_cpu and is_channels_last(t) for t in tensors)
+        # A list, for torch.compile follows no generator that is left half-way.
+        others = [t for t in tensors if not (t.is_cpu and is_channels_last(t))]
+        return plain and size[-1] == size[-2] == 1 and not others
 
     def is_strided_product(self, size: Sequence[int], x: Tensor, dy: Tensor) -> bool:
         """Whether dw of a kernel of `size` is a product over the pixels that its stride reads.
