@@ -302,14 +302,21 @@ def status() -> list[Row]:
 
 
 def _row(operator: str, device: str) -> Row:
-    """Who serves one operator on one device."""
+    """Who serves one operator on one device: the first of the table that can, where there is a table."""
     native = device in _served[operator]
-    if native and not _missing[device]:
-        return Row(operator, device, "native", "the native library is loaded")
-    if device == "cuda" and operator in _in_triton:
-        reason = missing("triton")
-        if not reason:
-            return Row(operator, device, "triton", "its kernels come before plain PyTorch")
-        return Row(operator, device, "plain", reason)
+    if device == "cpu" or operator not in _in_triton:
+        if native and not _missing[device]:
+            return Row(operator, device, "native", "the native library is loaded")
+        return Row(
+            operator, device, "plain", _missing[device] if native else "PyTorch's own kernels serve it"
+        )
+    here = tuning.DEFAULT if missing("triton") else architecture(torch.device(device))
+    reasons = []
+    for implementation in tuning.order(operator, here):
+        why_not = "" if implementation == "plain" else missing(implementation.replace("native", device))
+        if not why_not:
+            return Row(operator, device, implementation, (reasons or ["the table asks it first"])[0])
+        reasons.append(why_not)
+    raise KeyError(f"The order of {operator} has no plain implementation.")
     reason = _missing[device] if native else "PyTorch's own kernels serve it"
     return Row(operator, device, "plain", reason)
