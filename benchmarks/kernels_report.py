@@ -53,7 +53,8 @@ class Row:
 
     def sentence(self) -> str:
         """What is wrong, and where."""
-        where = f"{self.kernel} ({self.constants}, {self.warps} warps, {self.stages} stages; {self.dtypes})"
+        table = f"table {self.table}: " if self.table else ""
+        where = f"{self.kernel} ({table}{self.constants}, {self.warps} warps, {self.stages} stages; {self.dtypes})"
         return f"{where} on {self.architecture} {'; '.join(self.faults)}."
 
 

@@ -59,6 +59,7 @@ REPRESENTATIVE: tuple[Layer, ...] = (
     Conv(3, 32, 3, 2, 1, 224, "hardtanh"),
     Conv(32, 16, 1, 1, 1, 112, "none"),
     Conv(24, 144, 1, 1, 1, 56, "hardtanh"),
+    Conv(96, 24, 1, 1, 1, 56, "none"),
     Conv(960, 160, 1, 1, 1, 7, "none"),
     Conv(32, 32, 3, 1, 32, 112, "hardtanh"),
     Conv(96, 96, 3, 2, 96, 112, "hardtanh"),
