@@ -311,7 +311,7 @@ def _row(operator: str, device: str) -> Row:
             operator, device, "plain", _missing[device] if native else "PyTorch's own kernels serve it"
         )
     here = tuning.DEFAULT if missing("triton") else architecture(torch.device(device))
-    reasons = []
+    reasons: list[str] = []
     for implementation in tuning.order(operator, here):
         why_not = "" if implementation == "plain" else missing(implementation.replace("native", device))
         if not why_not:
