@@ -7,6 +7,9 @@ The selected slices of dy (and, in grouped layers, of the kept x) go through PyT
 result is exact and the work k / C of dense. A grouped layer with different numbers of selected channels per group is
 brought to equal numbers by repeating a channel, and the repeats are dropped from the result (`pick`). `regroup` asks
 for the shape of axis "in" in grouped layers.
+
+Triton's kernels gather as they read: no slice of dy and no second copy of x is made. Where the table of `tuning.py` has
+not seen them beat cuDNN (k x k kernels without groups), they leave the call to the gathered slices.
 """
 
 from __future__ import annotations
@@ -94,7 +97,7 @@ def conv2d_dw_plain(
     per_group = x.shape[1] // groups
     like = x.new_empty(dy.shape[1], per_group, size[2], size[3])
     if dy.numel() == 0 or x.numel() == 0:
-        return x.new_zeros(tuple(size)).to(memory_format=_memory_format(x))
+        return x.new_zeros(tuple(size)).to(memory_format=memory_format_of(x))
     padded = pad(x, geometry)
     if x.is_cpu and x.dtype is torch.bfloat16 and padded.shape[3] < geometry.stride[1]:
         # torch 2.14 reads past the rows of a bfloat16 image narrower than the stride; such images are tiny.
@@ -103,10 +106,17 @@ def conv2d_dw_plain(
         dy, padded, like, None, geometry.stride, geometry.inner_padding, geometry.dilation,
         False, [0, 0], groups, [False, True, False],
     )[1]  # fmt: skip
+    return arranged(dw.to(x.dtype), pick, groups, regroup, memory_format_of(x))
+
+
+def arranged(
+    dw: Tensor, pick: Tensor | None, groups: int, regroup: bool, layout: torch.memory_format
+) -> Tensor:
+    """dw of the small convolution in the shape of the compact weight, and without what was repeated."""
     if regroup:
         dw = dw.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     dw = dw if pick is None else dw.index_select(0, pick)
-    return dw.to(x.dtype, memory_format=_memory_format(x))
+    return dw.to(memory_format=layout)
 
 
 def conv2d_dw_native(
@@ -131,7 +141,7 @@ def conv2d_dw_native(
     if x.is_cuda and selected != groups:  # pragma: no cover -- needs CUDA
         return NotImplemented
     geometry = Geometry(tuple(stride), tuple(padding), padding_mode, tuple(dilation), groups)  # type: ignore[arg-type]
-    layout = _memory_format(x)
+    layout = memory_format_of(x)
     x = pad(x, geometry)
     if not (x.is_contiguous(memory_format=layout) and dy.is_contiguous(memory_format=layout)):
         return NotImplemented
@@ -143,13 +153,13 @@ def conv2d_dw_native(
     return dw if pick is None else dw.index_select(0, pick)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format_of(x: Tensor) -> torch.memory_format:
     """The memory format of dw: that of x, in which PyTorch's convolution computes it."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def _fake(x, dy, spread, rows, pick, size, stride, padding, padding_mode, dilation, groups, regroup):  # type: ignore[no-untyped-def]
-    return torch.empty(tuple(size), dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return torch.empty(tuple(size), dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 conv2d_dw = register(
@@ -158,4 +168,5 @@ conv2d_dw = register(
     conv2d_dw_plain,
     _fake,
     conv2d_dw_native,
+    triton="conv2d_dw",
 )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sparse_bwd.ops.affine_act import fits, inner_of, mask_for
 from sparse_bwd.ops.triton.launch import TYPES, ceil_div, config, launch
+from sparse_bwd.ops.triton.splits import sum_of_splits
 from sparse_bwd.ops.tuning import Config
 
 LARGEST = 2**30  # elements of an image, or rows of a channel, so that places inside them are 32-bit
@@ -224,18 +225,6 @@ def gradient_of_pixels(
     tl.store(sums + split * channels + channel, tl.sum(total, 0), mask=channel < channels)
 
 
-@triton.jit
-def sum_of_splits(sums, dshift, splits, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """dshift[c] = sum over the splits of sums[split, c]."""
-    row = tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for first in range(0, splits, ROWS):
-        inside = (first + row < splits)[:, None] & (column < channels)[None, :]
-        total += tl.load(sums + (first + row)[:, None] * channels + column[None, :], mask=inside, other=0.0)
-    tl.store(dshift + column, tl.sum(total, 0), mask=column < channels)
-
-
 class Call(NamedTuple):
     """What a launch needs to know: how x lies in storage, and the configuration."""
 
@@ -351,11 +340,7 @@ def _with_sums(given: dict[str, Any], act: str, call: Call) -> Tensor:
             **given, sums=sums, images=rows // length, channels=channels, length=length, steps=steps,
         )  # fmt: skip
     if splits > 1:
-        tile = {"ROWS": 32, "COLUMNS": 32}
-        launch(
-            sum_of_splits, (ceil_div(channels, 32),), Config(tile, 4, 1), {},
-            sums=sums, dshift=dshift, splits=splits, channels=channels,
-        )  # fmt: skip
+        sum_of_splits(sums, dshift)
     return dshift
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_bwd.ops.triton.launch import TYPES, ceil_div, config, launch, precision
+from sparse_bwd.ops.triton.splits import sum_of_splits
 from sparse_bwd.ops.tuning import Config
 
 PROGRAMS = 528  # to have at least, by splitting: four for each multiprocessor of the largest GPUs
@@ -72,25 +73,6 @@ def partial_products(
     if sums is not None:
         if tl.program_id(1) == 0:
             tl.store(sums + split * k + row, total.to(sums.dtype.element_ty), mask=row < k)
-
-
-@triton.jit
-def add_splits(products, sums, dw, db, splits, size, k, VALUES: tl.constexpr):
-    """dw and db from the partial results of all splits; the last programs take db."""
-    first = tl.program_id(0) * VALUES
-    whole = tl.cdiv(size, VALUES) * VALUES
-    if first < whole:
-        place = first + tl.arange(0, VALUES)
-        value = tl.zeros((VALUES,), dtype=tl.float32)
-        for split in range(splits):
-            value += tl.load(products + split * size + place, mask=place < size, other=0.0)
-        tl.store(dw + place, value.to(dw.dtype.element_ty), mask=place < size)
-    elif db is not None:
-        place = first - whole + tl.arange(0, VALUES)
-        value = tl.zeros((VALUES,), dtype=tl.float32)
-        for split in range(splits):
-            value += tl.load(sums + split * k + place, mask=place < k, other=0.0)
-        tl.store(db + place, value.to(db.dtype.element_ty), mask=place < k)
 
 
 @triton.jit
@@ -166,12 +148,9 @@ def weight_gradient(
     """Fill dw [k, C] and db [k], both contiguous."""
     products, sums, splits = partials(x, dy, rows, walk, k, chosen, dw, db, convolution, direct=True)
     if splits > 1:
-        values = 1024
-        grid = (ceil_div(dw.numel(), values) + (0 if db is None else ceil_div(k, values)),)
-        launch(
-            add_splits, grid, Config({"VALUES": values}, 4, 1), {},
-            products=products, sums=sums, dw=dw, db=db, splits=splits, size=dw.numel(), k=k,
-        )  # fmt: skip
+        sum_of_splits(products, dw)
+        if db is not None and sums is not None:
+            sum_of_splits(sums, db)
 
 
 def partials(
