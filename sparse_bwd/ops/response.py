@@ -48,7 +48,7 @@ def response_native(new: Tensor, previous: Tensor, channels: Tensor | None = Non
     if known(new) and known(previous) and channels is not None:
         new = take_channels(new, channels)
     last = channels_last(new)
-    if last is None or not (known(new) and known(previous)) or new.stride() != previous.stride():
+    if last is None or not (known(new) and known(previous)) or channels_last(previous) is not last:
         return NotImplemented
     sums = _sums(previous)
     native("response")(sums, previous, new, last)
