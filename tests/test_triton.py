@@ -172,6 +172,23 @@ def test_signature_tells_the_compiler_what_triton_would() -> None:
     assert whole[0]["rows"] == "constexpr" and whole[1]["rows"] is None, "an absent tensor is compiled in"
 
 
+def test_partial_results_take_no_more_than_the_slice_that_nobody_gathers() -> None:
+    """In backward: at most the selected slice of dy, or a MiB where that is less."""
+    seen = 0
+    for call in representative(("fp32", "bf16")):
+        if call.operator not in ("linear_dw", "conv2d_dw"):
+            continue
+        _, dy, *_, rows = call.arguments("meta")[: 3 if call.operator == "linear_dw" else 4]
+        k = dy.shape[1] if rows is None else rows.numel()
+        for launch in record(call, "sm_90") or ():
+            if launch.kernel.__name__ != "add_splits":
+                continue
+            parts = launch.arguments["parts"]
+            assert parts.nbytes <= max(dy.nbytes // dy.shape[1] * k, 2**20), str(call)
+            seen += 1
+    assert seen > 100
+
+
 def test_numbers_have_the_types_that_triton_gives_them() -> None:
     launch = launched(product(), ROWS=64, COLUMNS=64, POSITIONS=32)
     numbers = {

@@ -4,7 +4,7 @@
     axis "in":   dw[C_out, k] = dy^T x[:, columns]    (x arrives already gathered: it is what was kept)
 
 Work and result are k / C of dense; beside the result one gathered slice of dy is allocated. Triton's kernel gathers dy
-as it reads, and allocates the partial results of its splits instead.
+as it reads, and allocates the partial results of its splits instead: no more than that slice, or a MiB.
 
 `linear_dw_statistics` also gives |dw|^2, <dw, previous> and <weight, dw> of every row, float32 [3, k]: what policies by
 gradient norm read, and a velocity that needs no probe.

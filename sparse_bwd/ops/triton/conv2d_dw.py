@@ -199,7 +199,8 @@ def convolution_gradient(
     tile, outputs = chosen.tile, dy.shape[0] * dy.shape[2] * dy.shape[3]
     tiles = geometry.groups * ceil_div(k, tile["ROWS"]), ceil_div(channels * kh * kw, tile["COLUMNS"])
     whole = ceil_div(outputs, tile["POSITIONS"])
-    steps = ceil_div(whole, splits_of(whole, tiles[0] * tiles[1]))
+    gathered = outputs * len(dw) * dw.dtype.itemsize
+    steps = ceil_div(whole, splits_of(whole, tiles[0] * tiles[1], 4 * dw.numel(), gathered))
     splits = ceil_div(whole, steps)
     products = dw
     if splits > 1:

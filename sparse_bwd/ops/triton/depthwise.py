@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sparse_bwd.ops.padding import Geometry, pad
 from sparse_bwd.ops.triton.launch import ceil_div, config, launch
-from sparse_bwd.ops.triton.splits import sum_of_splits
+from sparse_bwd.ops.triton.splits import most_splits, sum_of_splits
 
 PROGRAMS = 1056  # to have at least, by splitting: eight for each multiprocessor of the largest GPUs
 DEPTH = 8  # output rows of a split, at least
@@ -173,7 +173,8 @@ def depthwise_gradient(
     x = pad(x, geometry)
     tiles = ceil_div(k, chosen.tile["CHANNELS"]) * blocks_down * blocks_across
     strips = ceil_div(lanes, chosen.tile["LANES"])
-    wanted = ceil_div(PROGRAMS, tiles)
+    gathered = lanes * dy.shape[2] * k * dw.dtype.itemsize
+    wanted = min(ceil_div(PROGRAMS, tiles), most_splits(4 * dw.numel(), gathered))
     depth = ceil_div(dy.shape[2], max(1, min(ceil_div(wanted, strips), dy.shape[2] // DEPTH)))
     chunks = ceil_div(dy.shape[2], depth)
     steps = ceil_div(strips * chunks, wanted)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_bwd.ops.triton.launch import TYPES, ceil_div, config, launch, precision
-from sparse_bwd.ops.triton.splits import sum_of_splits
+from sparse_bwd.ops.triton.splits import most_splits, sum_of_splits
 from sparse_bwd.ops.tuning import Config
 
 PROGRAMS = 528  # to have at least, by splitting: four for each multiprocessor of the largest GPUs
@@ -129,9 +129,15 @@ def of_pixels(x: Tensor, dy: Tensor) -> Walk:
     return Walk(1, x.shape[0], x.shape[1], (0, x.stride(0), x.stride(1)), (0, dy.stride(0), dy.stride(1)))
 
 
-def splits_of(steps: int, tiles: int) -> int:
-    """Into how many parts the positions are cut: from the shape alone, so that every GPU adds in the same order."""
-    return max(1, min(ceil_div(PROGRAMS, tiles), steps // STEPS))
+def splits_of(steps: int, tiles: int, part: int, gathered: int) -> int:
+    """Into how many parts the positions are cut: from the shape alone, so that every GPU adds in the same order.
+
+    Args:
+        steps: over all positions.
+        tiles: of the result, each a program of its own.
+        part, gathered: bytes, as `most_splits` takes them.
+    """
+    return max(1, min(ceil_div(PROGRAMS, tiles), steps // STEPS, most_splits(part, gathered)))
 
 
 def weight_gradient(
@@ -169,7 +175,8 @@ def partials(
     tile = chosen.tile
     tiles = (ceil_div(k, tile["ROWS"]), ceil_div(walk.channels, tile["COLUMNS"]))
     whole = walk.images * ceil_div(walk.positions, tile["POSITIONS"])
-    steps = ceil_div(whole, splits_of(whole, tiles[0] * tiles[1]))
+    gathered = walk.images * walk.positions * k * x.dtype.itemsize
+    steps = ceil_div(whole, splits_of(whole, tiles[0] * tiles[1], 4 * (dw.numel() + k), gathered))
     splits = ceil_div(whole, steps)
     products, sums = dw, db
     if splits > 1 or not direct:

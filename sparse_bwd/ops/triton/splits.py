@@ -13,6 +13,7 @@ from sparse_bwd.ops.triton.launch import ceil_div, launch
 from sparse_bwd.ops.tuning import Config
 
 TILE = 2048  # float32 values
+SMALL = 2**20  # bytes that the parts may take in any case
 
 
 @triton.jit
@@ -25,6 +26,16 @@ def add_splits(parts, result, splits, size, SPLITS: tl.constexpr, VALUES: tl.con
         inside = (split < splits)[:, None] & (place < size)[None, :]
         total += tl.load(parts + split[:, None] * size + place[None, :], mask=inside, other=0.0)
     tl.store(result + place, tl.sum(total, 0).to(result.dtype.element_ty), mask=place < size)
+
+
+def most_splits(part: int, gathered: int) -> int:
+    """How many splits of a weight gradient may there be, whose parts backward allocates: what it may take otherwise.
+
+    Args:
+        part: bytes of the partial result of one split.
+        gathered: bytes of the selected slice of dy, which is read where it lies instead.
+    """
+    return max(1, max(gathered, SMALL) // part)
 
 
 def sum_of_splits(parts: Tensor, result: Tensor) -> None:
