@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,21 +22,6 @@ def quantiles(values: list[float]) -> list[float]:
         return [math.nan] * len(QUANTILES)
     found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64))
     return [float(f"{value:.4g}") for value in found.tolist()]
-
-
-@contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """Inside, float32 products may use TF32 where the dtype is "tf32", and are exact otherwise.
-
-    By the older flags: torch.compile reads them, and PyTorch raises where the newer ones say something else.
-    """
-    matmul: Any = torch.backends.cuda.matmul
-    before = matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    try:
-        matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-        yield
-    finally:
-        matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @dataclass

@@ -38,9 +38,6 @@ LAYERS = (
     Conv(8, 8, 3, 1, 8, 6, "relu"), Conv(8, 16, 1, 1, 1, 6, "relu"), Conv(4, 8, 3, 2, 1, 6, "relu"), Linear(8, 16, 3),
 )  # fmt: skip
 
-# In a run of their own: networks that they compile go away later, while tests of memory count what is alive.
-pytestmark = pytest.mark.long
-
 
 def test_file(folder: Path, text: str) -> Path:
     path = folder / "test_one.py"
@@ -235,7 +232,7 @@ def test_networks_are_those_of_torchvision(name: str) -> None:
 def test_tf32_is_allowed_where_it_is_named() -> None:
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     for dtype, allowed in (("tf32", True), ("fp32", False), ("bf16", False)):
-        with gpu_meter.precision(dtype):
+        with kernels.precision(dtype):
             assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
             assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == allowed
     assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)

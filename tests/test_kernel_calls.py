@@ -16,6 +16,7 @@ from sparse_bwd.measure.representative import REPRESENTATIVE, of_layer, represen
 from sparse_bwd.measure.shapes import trace
 from sparse_bwd.measure.work import Work, touched_lines
 from sparse_bwd.ops import backend
+from sparse_bwd.ops.triton import launch
 
 SMALL: list[Layer] = [
     Conv(4, 6, 3, 2, 1, 5, "relu"),
@@ -160,14 +161,16 @@ def test_lines_that_a_tap_reads() -> None:
 
 
 def test_precision_is_put_back() -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    def of_kernels() -> list[str]:
+        return [launch.precision(torch.ones(1), convolution) for convolution in (False, True)]
+
+    before = of_kernels()
     with pytest.raises(KeyError), precision("tf32"):
-        assert matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "tf32"
+        assert of_kernels() == ["tf32", "tf32"]
         raise KeyError
     with precision("fp32"):
-        assert matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "ieee"
-    assert matmul.fp32_precision == before
+        assert of_kernels() == ["ieee", "ieee"]
+    assert of_kernels() == before
 
 
 def test_representative_calls_are_distinct() -> None:

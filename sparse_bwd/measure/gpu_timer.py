@@ -88,7 +88,7 @@ def _operator(call: Call) -> Any:
 
 
 def _has_native(operator: str) -> bool:
-    return "cuda" in backend._served[operator] and not backend.missing("cuda")
+    return backend.has_native(operator, "cuda")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

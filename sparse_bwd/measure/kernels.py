@@ -72,17 +72,17 @@ class Setting:
 
 @contextmanager
 def precision(dtype: str) -> Iterator[None]:
-    """Inside, float32 products may use TF32 where the dtype is "tf32", and are exact otherwise."""
-    torch_backends: Any = torch.backends
-    backends = (torch_backends.cuda.matmul, torch_backends.cudnn.conv)
-    before = [backend.fp32_precision for backend in backends]
+    """Inside, float32 products may use TF32 where the dtype is "tf32", and are exact otherwise.
+
+    By the older flags: torch.compile reads them, and PyTorch raises where the newer ones say something else.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
-        for backend in backends:
-            backend.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+        matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+        matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def chosen(channels: int, share: float) -> list[int] | None:

@@ -20,7 +20,7 @@ Entry = dict[str, Any]  # {"most": {size: bound}, "tile": {...}, "warps": n, "st
 
 def operators() -> list[str]:
     """The operators that have Triton kernels."""
-    return sorted(backend._in_triton)
+    return backend.in_triton()
 
 
 def modules() -> Iterator[ModuleType]:
@@ -70,7 +70,7 @@ def tables(architecture: str) -> list[str]:
 
 def entries(table: str, architecture: str) -> list[Entry]:
     """The entries of a table, in the order in which they are asked."""
-    found: list[Entry] = tuning._entry(architecture, "configs", table)
+    found: list[Entry] = tuning.entry_of(architecture, "configs", table)
     return found
 
 

@@ -12,6 +12,7 @@ class Function:
     """An autograd Function of `forward`, `keep` and `backward` that costs no more per call than the older style.
 
     `forward` returns the result, or a tuple of the result and of tensors (or None) that only `keep` looks at.
+    `keep(ctx, inputs, output)` saves what backward needs of the inputs and the results.
 
     PyTorch binds the arguments of a Function with `setup_context` to the signature of its forward in every call
     (inspect.signature, about 70 us here), which for a small layer is longer than the layer itself. Outside of
@@ -19,6 +20,7 @@ class Function:
     """
 
     forward: Callable[..., Any]
+    keep: Callable[..., None]
     backward: Callable[..., Any]
     _twin: type[torch.autograd.Function]
     _split: type[torch.autograd.Function]
@@ -51,11 +53,6 @@ class Function:
             output = cls._split.apply(*args)
             return output[0] if isinstance(output, tuple) else output
         return cls._twin.apply(*args)
-
-    @staticmethod
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Save what backward needs of the inputs and the results."""
-        raise NotImplementedError
 
 
 def refuse_second_order(name: str) -> None:

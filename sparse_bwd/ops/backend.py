@@ -296,6 +296,16 @@ def _no_triton() -> str:
     return "" if major >= 8 else f"the GPU is of sm_{major}{minor}, and its kernels need sm_80 or later"
 
 
+def in_triton() -> list[str]:
+    """The operators that have Triton kernels, by name."""
+    return sorted(_in_triton)
+
+
+def has_native(operator: str, device: str) -> bool:
+    """Whether a loaded native library knows an operator on a device."""
+    return device in _served[operator] and not _missing[device]
+
+
 def status() -> list[Row]:
     """Who serves each operator on each device, and why."""
     return [_row(operator, device) for operator in _served for device in DEVICES]

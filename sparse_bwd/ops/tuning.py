@@ -54,7 +54,8 @@ def _read(path: Path) -> dict[str, Any]:
     return table
 
 
-def _entry(architecture: str, kind: str, name: str) -> Any:
+def entry_of(architecture: str, kind: str, name: str) -> Any:
+    """What the tables say of the "order" of an operator or the "configs" of a kernel; KeyError if nothing."""
     for table in tables():
         for key in (architecture, DEFAULT):
             entry = table.get(key, {}).get(kind, {}).get(name)
@@ -66,7 +67,7 @@ def _entry(architecture: str, kind: str, name: str) -> Any:
 @functools.cache
 def order(operator: str, architecture: str) -> tuple[str, ...]:
     """Implementations of an operator, best first."""
-    return tuple(_entry(architecture, "order", operator))
+    return tuple(entry_of(architecture, "order", operator))
 
 
 def config(kernel: str, architecture: str, must: bool, **sizes: float) -> Config | None:
@@ -76,7 +77,7 @@ def config(kernel: str, architecture: str, must: bool, **sizes: float) -> Config
         must: take the first that has a tile, also where the table would leave the call to others.
         sizes: what the table's bounds speak of.
     """
-    for entry in _entry(architecture, "configs", kernel):
+    for entry in entry_of(architecture, "configs", kernel):
         if all(sizes[name] <= bound for name, bound in entry.get("most", {}).items()):
             if "tile" in entry:
                 return Config(entry["tile"], entry["warps"], entry["stages"])
@@ -87,5 +88,5 @@ def config(kernel: str, architecture: str, must: bool, **sizes: float) -> Config
 
 def configs(kernel: str, architecture: str) -> list[Config]:
     """Every configuration of a kernel that the tables may give on an architecture."""
-    entries = _entry(architecture, "configs", kernel)
+    entries = entry_of(architecture, "configs", kernel)
     return [Config(e["tile"], e["warps"], e["stages"]) for e in entries if "tile" in e]

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import sparse_bwd as sb
 from benchmarks import stock
-from benchmarks.gpu_meter import precision
 from sparse_bwd.measure.formulas import expected_bytes, total_bytes
+from sparse_bwd.measure.kernels import precision
 from sparse_bwd.measure.selections import share_of_channels
 from sparse_bwd.measure.step import LAYOUTS
 from tests.cases import compact
