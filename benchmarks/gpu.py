@@ -30,11 +30,11 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_plan
-from benchmarks.gpu_meter import CudaMeter, Meter
 from benchmarks.gpu_plan import ROOT, Plan
 from benchmarks.gpu_report import page
 from benchmarks.step import write
 from sparse_bwd.measure.machine import command_line, commit, machine
+from sparse_bwd.measure.meter import CudaMeter, Meter
 
 ROUNDS, QUICK_ROUNDS = 9, 5
 GRACE = 15.0  # seconds for what a job takes beyond its estimate, and for the report

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_meter import Meter
 from sparse_bwd.measure import kernels
 from sparse_bwd.measure.kernels import DTYPES, LAYOUTS, Call, Setting, precision
+from sparse_bwd.measure.meter import Meter
 from sparse_bwd.measure.networks import NETWORKS, Conv, Linear, Pool
 from sparse_bwd.ops import backend, tuning
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.gpu_meter import CudaMeter
 from benchmarks.gpu_operators import (
     Job,
     bandwidth,
@@ -21,6 +20,7 @@ from benchmarks.gpu_operators import (
     weight_gradient,
 )
 from benchmarks.gpu_steps import compiled, eager
+from sparse_bwd.measure.meter import CudaMeter
 from sparse_bwd.measure.networks import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,46 +9,22 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import stock
-from benchmarks.gpu_meter import WARM, Meter
 from benchmarks.gpu_operators import Job, Row
 from sparse_bwd.measure.kernels import precision
+from sparse_bwd.measure.meter import WARM, Meter
 from sparse_bwd.measure.step import LAYOUTS, Setting, Variant, dense, ours
+from sparse_bwd.measure.training_step import TrainingStep
 from sparse_bwd.memory import peak_bytes, saved_bytes
 
 FRACTION = 0.1
-
-
-@dataclass
-class Training:
-    """A variant under training; `forward` is its model, compiled or with checkpoints."""
-
-    variant: Variant
-    forward: Callable[[Tensor], Tensor]
-    autocast: bool
-
-    def __post_init__(self) -> None:
-        parameters = [p for p in self.variant.model.parameters() if p.requires_grad]
-        self.trained = sum(p.numel() for p in parameters)
-        self.optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
-
-    def loss(self) -> Tensor:
-        with torch.autocast(self.variant.x.device.type, torch.bfloat16, enabled=self.autocast):
-            return F.cross_entropy(self.forward(self.variant.x), self.variant.y)
-
-    def step(self) -> None:
-        self.loss().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 def checkpointed(variant: Variant) -> Callable[[Tensor], Tensor]:
@@ -62,7 +38,7 @@ def eager(
     network: str, dtype: str, batch: int = 128, size: int = 224, layouts: Iterable[str] = tuple(LAYOUTS)
 ) -> Job:
     """Dense, ours and dense with checkpoints, in both layouts."""
-    makers: dict[str, dict[str, Callable[[Setting, str], Training]]] = {
+    makers: dict[str, dict[str, Callable[[Setting, str], TrainingStep]]] = {
         layout: {"dense": _dense(dtype), "ours": _ours(dtype), "dense, checkpoints": _checkpointed(dtype)}
         for layout in layouts
     }
@@ -80,27 +56,27 @@ def compiled(
     return Job(f"compiled steps of {network}, {dtype}, {layout}", 45, run)
 
 
-def _dense(dtype: str, compiler: str | None = None) -> Callable[[Setting, str], Training]:
+def _dense(dtype: str, compiler: str | None = None) -> Callable[[Setting, str], TrainingStep]:
     return lambda setting, layout: _training(dense(setting, layout), dtype, compiler)
 
 
-def _ours(dtype: str, compiler: str | None = None) -> Callable[[Setting, str], Training]:
+def _ours(dtype: str, compiler: str | None = None) -> Callable[[Setting, str], TrainingStep]:
     return lambda setting, layout: _training(ours(setting, layout, FRACTION), dtype, compiler)
 
 
-def _checkpointed(dtype: str) -> Callable[[Setting, str], Training]:
-    def make(setting: Setting, layout: str) -> Training:
+def _checkpointed(dtype: str) -> Callable[[Setting, str], TrainingStep]:
+    def make(setting: Setting, layout: str) -> TrainingStep:
         variant = dense(setting, layout)
-        return Training(variant, checkpointed(variant), dtype == "bf16")
+        return TrainingStep(variant, checkpointed(variant), dtype)
 
     return make
 
 
-def _training(variant: Variant, dtype: str, compiler: str | None) -> Training:
+def _training(variant: Variant, dtype: str, compiler: str | None) -> TrainingStep:
     forward: Callable[[Tensor], Tensor] = variant.model
     if compiler is not None:
         forward = torch.compile(variant.model, backend=compiler)
-    return Training(variant, forward, dtype == "bf16")
+    return TrainingStep(variant, forward, dtype)
 
 
 def _run(
@@ -108,7 +84,7 @@ def _run(
     dtype: str,
     batch: int,
     size: int,
-    makers: dict[str, dict[str, Callable[[Setting, str], Training]]],
+    makers: dict[str, dict[str, Callable[[Setting, str], TrainingStep]]],
     meter: Meter,
 ) -> Row:
     """The row of a case: bytes one by one, then times in interleaved rounds."""
@@ -134,7 +110,7 @@ def _run(
     return {"kind": "step", **about, "variants": found}
 
 
-def _bytes(training: Training, meter: Meter, name: str) -> Row:
+def _bytes(training: TrainingStep, meter: Meter, name: str) -> Row:
     """Bytes of a step after a warm-up: those kept for backward, by the hooks of autograd and by the allocator (what a
     compiled graph and checkpoints keep only the latter sees), and the peak above what was alive before.
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torchvision
 
-from benchmarks import gpu, gpu_goals, gpu_meter, gpu_plan, gpu_report, gpu_steps, stock
+from benchmarks import gpu, gpu_goals, gpu_plan, gpu_report, gpu_steps, stock
 from benchmarks.gpu_operators import (
     Job,
     bandwidth,
@@ -28,6 +28,7 @@ from benchmarks.gpu_operators import (
 from benchmarks.gpu_plan import Plan
 from benchmarks.gpu_steps import compiled, eager
 from sparse_bwd.measure import kernels, step
+from sparse_bwd.measure.meter import WARM, CudaMeter, Meter
 from sparse_bwd.measure.networks import NETWORKS, Conv, Linear, Pool
 from sparse_bwd.memory.peak import Peak
 
@@ -61,7 +62,7 @@ def tiny_jobs() -> list[Job]:
 def run(out: Path, jobs: list[Job], *words: str, **limits: Any) -> tuple[int, dict[str, Any]]:
     """The exit code of the command on the CPU, and what it wrote."""
     plan = Plan(jobs, tests=limits.pop("tests", []), **limits)
-    code = gpu.main(["--out", str(out), *words], plan, gpu_meter.Meter(rounds=1))
+    code = gpu.main(["--out", str(out), *words], plan, Meter(rounds=1))
     path = out / "gpu.json"
     return code, json.loads(path.read_text()) if path.exists() else {}
 
@@ -69,7 +70,7 @@ def run(out: Path, jobs: list[Job], *words: str, **limits: Any) -> tuple[int, di
 def constant(name: str, row: dict[str, Any] | BaseException, seconds: float = 0.0) -> Job:
     """A job that gives this row, or raises."""
 
-    def measured(_: gpu_meter.Meter) -> dict[str, Any]:
+    def measured(_: Meter) -> dict[str, Any]:
         if isinstance(row, BaseException):
             raise row
         return row
@@ -121,7 +122,7 @@ def test_skipped_tests_are_told(tmp_path: Path) -> None:
 def test_what_was_measured_is_kept_where_a_run_is_cut_short(tmp_path: Path) -> None:
     written = []
 
-    def look(_: gpu_meter.Meter) -> dict[str, Any]:
+    def look(_: Meter) -> dict[str, Any]:
         written.append(json.loads((tmp_path / "gpu.json").read_text()))
         raise KeyboardInterrupt
 
@@ -368,14 +369,14 @@ def test_times_by_events(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronise"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("wait"))
-    meter = object.__new__(gpu_meter.CudaMeter)
+    meter = object.__new__(CudaMeter)
     meter.rounds, meter.flush, meter.sink = 2, torch.ones(4), torch.empty(())
     found = meter.times({name: lambda name=name: order.append(name) for name in "ab"}, cold)
     assert set(found) == {"a", "b"} and all(0 <= low <= mid <= high for low, mid, high in found.values())
-    assert order[: 2 * gpu_meter.WARM] == ["a", "b"] * gpu_meter.WARM
+    assert order[: 2 * WARM] == ["a", "b"] * WARM
     once = ["synchronise", "wait", "a", "b", "synchronise"]
     warm = ["synchronise", "a", "synchronise", "b", "synchronise", "synchronise"]
-    assert order[2 * gpu_meter.WARM :] == 2 * (once if cold else warm)
+    assert order[2 * WARM :] == 2 * (once if cold else warm)
     assert float(meter.sink) == (4 if cold else float(meter.sink))
 
 
@@ -383,7 +384,7 @@ def test_bytes_of_an_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Held and reserved are differences of what the allocator counts."""
     counts = iter([(100, 1000), (140, 1000), (100, 300)])
     monkeypatch.setattr(gpu_steps, "peak_bytes", lambda *_: Peak(70, 100, 900))
-    meter = gpu_meter.Meter(rounds=1)
+    meter = Meter(rounds=1)
     monkeypatch.setattr(meter, "memory", lambda: next(counts))
     training = gpu_steps._training(step.dense(step.Setting(stock.resnet18, 1, 32), "nchw"), "fp32", None)
     found = gpu_steps._bytes(training, meter, "dense, compiled")
@@ -395,7 +396,7 @@ def test_what_compiles_is_run_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ran: list[str] = []
 
     def job(name: str, warm: bool = True) -> Job:
-        def measured(meter: gpu_meter.Meter) -> dict[str, Any]:
+        def measured(meter: Meter) -> dict[str, Any]:
             ran.append(f"{name} {meter.rounds}")
             raise ValueError(name)
 
@@ -403,7 +404,7 @@ def test_what_compiles_is_run_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     jobs = [job("a"), job("bbb"), job("cc"), job("no", warm=False)]
     monkeypatch.setattr(gpu_plan, "full", lambda: jobs)
-    monkeypatch.setattr(gpu_plan, "CudaMeter", gpu_meter.Meter)
+    monkeypatch.setattr(gpu_plan, "CudaMeter", Meter)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part: None)
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "2")  # which it sets, so that it is taken back
     for part in range(2):

@@ -1,4 +1,7 @@
-"""How `benchmarks.gpu` takes times: calls in interleaved rounds after a warm-up, each round running every call once."""
+"""How times are taken: calls in interleaved rounds after a warm-up, each round running every call once.
+
+What counts are quantiles, and ratios between calls of the same rounds: a change of the machine's speed hits them all.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ WARM = 2
 QUANTILES = (0.2, 0.5, 0.8)
 HEAD_START = 300_000  # cycles by which the GPU starts late, for each call that is queued meanwhile
 Name = TypeVar("Name")
+Parts = Mapping[str, Callable[[], object]]  # of a call, in order
 
 
 def quantiles(values: list[float]) -> list[float]:
@@ -38,22 +42,37 @@ class Meter:
             cold: time the work on the device alone, every call with its inputs out of the cache; else from the start
                 of a call to the end of its work, as it comes.
         """
-        for _ in range(WARM if self.rounds else 1):
-            for call in calls.values():
-                call()
-        taken: dict[Name, list[float]] = {name: [] for name in calls}
-        for _ in range(self.rounds):
-            for name, ms in self.round(calls, cold).items():
-                taken[name].append(ms)
-        return {name: quantiles(values) for name, values in taken.items()}
+        taken = self.samples({name: {"": call} for name, call in calls.items()}, cold)
+        return {name: quantiles(parts[""]) for name, parts in taken.items()}
 
-    def round(self, calls: Mapping[Name, Callable[[], object]], cold: bool) -> dict[Name, float]:
-        """ms of each call, each once."""
-        found = {}
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            found[name] = (time.perf_counter() - start) * 1e3
+    def samples(
+        self, calls: Mapping[Name, Parts], cold: bool = True, each: Callable[[], object] | None = None
+    ) -> dict[Name, dict[str, list[float]]]:
+        """ms of every part of each call, one per round; `each` is called after every round."""
+        for _ in range(WARM if self.rounds else 1):
+            for parts in calls.values():
+                for call in parts.values():
+                    call()
+        taken: dict[Name, dict[str, list[float]]] = {
+            name: {part: [] for part in parts} for name, parts in calls.items()
+        }
+        for _ in range(self.rounds):
+            for name, found in self.round(calls, cold).items():
+                for part, ms in found.items():
+                    taken[name][part].append(ms)
+            if each is not None:
+                each()
+        return taken
+
+    def round(self, calls: Mapping[Name, Parts], cold: bool) -> dict[Name, dict[str, float]]:
+        """ms of every part of each call, each once."""
+        found: dict[Name, dict[str, float]] = {}
+        for name, parts in calls.items():
+            found[name] = {}
+            for part, call in parts.items():
+                start = time.perf_counter()
+                call()
+                found[name][part] = (time.perf_counter() - start) * 1e3
         return found
 
     def memory(self) -> tuple[int, int] | None:
@@ -76,22 +95,29 @@ class CudaMeter(Meter):
         self.flush = torch.ones(torch.cuda.get_device_properties(0).L2_cache_size, device="cuda")
         self.sink = torch.empty((), device="cuda")
 
-    def round(self, calls: Mapping[Name, Callable[[], object]], cold: bool) -> dict[Name, float]:
-        events: dict[Name, tuple[Any, Any]] = {}
+    def round(self, calls: Mapping[Name, Parts], cold: bool) -> dict[Name, dict[str, float]]:
+        events: dict[Name, list[Any]] = {}
         torch.cuda.synchronize()
         if cold:
             torch.cuda._sleep(HEAD_START * len(calls))
-        for name, call in calls.items():
-            events[name] = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for name, parts in calls.items():
+            marks = events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
             if cold:
                 torch.sum(self.flush, 0, out=self.sink)
-            events[name][0].record()
-            call()
-            events[name][1].record()
+            marks[0].record()
+            for mark, call in zip(marks[1:], parts.values(), strict=True):
+                call()
+                mark.record()
             if not cold:
                 torch.cuda.synchronize()
         torch.cuda.synchronize()
-        return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+        return {
+            name: {
+                part: start.elapsed_time(end)
+                for part, start, end in zip(calls[name], marks, marks[1:], strict=False)
+            }
+            for name, marks in events.items()
+        }
 
     def memory(self) -> tuple[int, int]:
         torch.cuda.synchronize()
@@ -99,3 +125,8 @@ class CudaMeter(Meter):
 
     def release(self) -> None:
         torch.cuda.empty_cache()
+
+
+def meter_for(device: str, rounds: int) -> Meter:
+    """The meter of a kind of device."""
+    return CudaMeter(rounds) if torch.device(device).type == "cuda" else Meter(rounds)
