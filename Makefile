@@ -15,10 +15,10 @@ endif
 HOST := tests/native_host/*.cpp csrc/cpu/isa*.cpp
 HOST_FLAGS := -std=c++20 -Wall -Wextra -Wno-psabi -Icsrc
 
-.PHONY: help setup native demo test test-long sanitize neon lint format types build bench kernels results clean
+.PHONY: help setup native demo test test-long sanitize neon lint format types build bench suites kernels results clean
 
 help:
-	@echo "make demo | test | test-long | sanitize | neon | lint | format | types | build | native | bench | kernels | results | clean"
+	@echo "make demo | test | test-long | sanitize | neon | lint | format | types | build | native | bench | suites | kernels | results | clean"
 
 # The package is built against the torch of the environment, which therefore comes first.
 $(READY): pyproject.toml setup.py build_native.py requirements/test.txt $(NATIVE)
@@ -71,6 +71,10 @@ build: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.step --out benchmarks/results --name step
+
+# For `python -m benchmarks.regression BEFORE.json AFTER.json`.
+suites: $(READY)
+	$(BIN)/python -m pytest -q benchmarks/suites --timeout=0 --benchmark-json benchmark.json
 
 # Compiles every Triton kernel for every architecture; needs no GPU.
 kernels: $(READY)

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from benchmarks import dense
 from sparse_bwd.measure import kernels
 from sparse_bwd.measure.kernels import DTYPES, LAYOUTS, Call, Setting, precision
 from sparse_bwd.measure.meter import Meter
@@ -100,7 +100,7 @@ def weight_gradient(
                     made = _implementations(call.operator, arguments, meter.device, gather=True)
                     calls |= {(layout, name, f"{share:g}"): each for name, each in made.items()}
                 whole = _gradient(layer, 1.0, setting).arguments(meter.device)
-                calls[layout, "dense", "1"] = partial(_dense, layer, whole[0], whole[1])
+                calls[layout, "dense", "1"] = partial(dense.weight_gradient, layer, whole[0], whole[1])
             times = meter.times(calls)
         ms: dict[str, dict[str, dict[str, list[float]]]] = {}
         for (layout, name, part), spread in times.items():
@@ -115,19 +115,6 @@ def _gradient(layer: Conv | Linear, share: float, setting: Setting) -> Call:
     if isinstance(layer, Linear):
         return kernels.linear_dw(layer, share, setting)
     return kernels.conv2d_dw(layer, share, setting)
-
-
-def _dense(layer: Conv | Linear, x: Tensor, dy: Tensor) -> object:
-    """The gradient of the whole weight as PyTorch computes it, with that of a Linear's bias."""
-    if isinstance(layer, Linear):
-        return dy.t() @ x, dy.sum(0)
-    weight = x.new_empty(layer.c_out, layer.c_in // layer.groups, layer.kernel, layer.kernel)
-    if x.stride(1) == 1 < x.shape[1]:
-        weight = weight.to(memory_format=torch.channels_last)
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, [layer.stride] * 2, [layer.padding] * 2, [1, 1], False, [0, 0], layer.groups,
-        [False, True, False],
-    )[1]  # fmt: skip
 
 
 def bandwidth(call: Call) -> Job:

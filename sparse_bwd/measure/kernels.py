@@ -23,6 +23,7 @@ from sparse_bwd.measure.work import (
     affine_work,
     conv_work,
     linear_work,
+    norm_affine_work,
     pool_work,
     response_work,
     sketch_work,
@@ -102,12 +103,8 @@ def linear_dw(layer: Linear, share: float, setting: Setting, axis: str = "out") 
     k = layer.c_out if rows is None else len(rows)
 
     def arguments(device: str) -> tuple[Any, ...]:
-        return (
-            setting.values(device, m, c_in),
-            setting.values(device, m, layer.c_out),
-            _index(rows, device),
-            True,
-        )
+        x, dy = (setting.values(device, m, features) for features in (c_in, layer.c_out))
+        return x, dy, _index(rows, device), True
 
     work = linear_work(m, c_in, k, setting.itemsize, rows is not None)
     return Call("linear_dw", f"{layer}, {axis} {share:.3g}", setting.dtype, "", work, arguments)
@@ -136,12 +133,8 @@ def conv2d_dw(layer: Conv, share: float, setting: Setting, axis: str = "out") ->
     if regroup:
         size = (kept, c_out // groups, kernel, kernel)
     else:
-        size = (
-            c_out if axis == "in" or channels is None else len(channels),
-            kept // plan.groups,
-            kernel,
-            kernel,
-        )
+        rows = c_out if axis == "in" or channels is None else len(channels)
+        size = (rows, kept // plan.groups, kernel, kernel)
 
     def arguments(device: str) -> tuple[Any, ...]:
         x = setting.values(device, setting.batch, kept, layer.size, layer.size)
@@ -206,8 +199,17 @@ def _about(act: str, channels: int, size: int, norm: bool) -> str:
     return f"{'norm, ' if norm else ''}{act}, {channels} channels, {size}^2"
 
 
+def norm_affine(channels: int) -> Call:
+    """Norm on running statistics as a scale and a shift per channel."""
+
+    def arguments(device: str) -> tuple[Any, ...]:
+        return *torch.rand((4, channels), device=device), 1e-5
+
+    return Call("norm_affine", f"{channels} channels", "fp32", "", norm_affine_work(channels), arguments)
+
+
 def max_pool2d(layer: Pool, setting: Setting) -> tuple[Call, Call]:
-    """Pooling forward and backward."""
+    """Pooling forward and backward; the offsets are the middle of the window, always inside."""
     window: tuple[Any, ...] = ([3, 3], [2, 2], [1, 1], [1, 1], False)
     shape = (setting.batch, layer.channels, layer.size, layer.size)
     shape_out = (*shape[:2], layer.size_out, layer.size_out)
@@ -216,9 +218,7 @@ def max_pool2d(layer: Pool, setting: Setting) -> tuple[Call, Call]:
         return setting.values(device, *shape), *window
 
     def backward(device: str) -> tuple[Any, ...]:
-        offset = torch.full(
-            shape_out, 4, dtype=torch.uint8, device=device
-        )  # the middle of the window, always inside
+        offset = torch.full(shape_out, 4, dtype=torch.uint8, device=device)
         offset = offset.to(memory_format=LAYOUTS[setting.layout])
         return setting.values(device, *shape_out), offset, shape, *window
 

@@ -13,6 +13,7 @@ e = bytes per element, N images, P positions of the output, k of C channels sele
     response             bytes  e X + 2 (stored response) + 24 N k + 8 k      operations  6 X   (of k channels)
     affine_act_response  both of the above, where x is read once and in place
     response_sketch      bytes  e X + 16 C r                                 operations  4 X
+    norm_affine          bytes  24 C                                         operations  5 C
     write_back           bytes  2 e (trained weights) + 8 k per layer        operations  0
 
 A product with its addition counts as two operations. Every tensor is read or written once.
@@ -85,6 +86,11 @@ def sketch_work(n: int, channels: int, positions: int, itemsize: int, numbers: i
     """`response_sketch` of so many numbers per channel."""
     elements = n * channels * positions
     return Work(itemsize * elements + 16 * channels * numbers, 4 * elements)
+
+
+def norm_affine_work(channels: int) -> Work:
+    """`norm_affine`: four vectors in float32 become two."""
+    return Work(24 * channels, 5 * channels)
 
 
 def write_back_work(weights: int, selected: int, itemsize: int) -> Work:

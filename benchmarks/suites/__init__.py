@@ -1,0 +1,1 @@
+"""Suites for pytest-benchmark, comparable across commits: `make suites`, or `python -m pytest benchmarks/suites`."""
