@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints. Heavy imports wait until a command runs, so that --help is quick."""
 
 from sparse_bwd.cli import (  # each adds its commands to the application
+    bench,
     doctor,
     explain,
     finetune,
@@ -10,7 +11,7 @@ from sparse_bwd.cli import (  # each adds its commands to the application
 )
 from sparse_bwd.cli.common import app
 
-__all__ = ["app", "doctor", "explain", "finetune", "main", "runs", "search", "tune"]
+__all__ = ["app", "bench", "doctor", "explain", "finetune", "main", "runs", "search", "tune"]
 
 
 def main() -> None:

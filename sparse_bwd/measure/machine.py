@@ -66,13 +66,18 @@ def command_line(module: str) -> str:
 
 
 def commit(folder: Path) -> str:
-    """Short commit of the checkout that holds `folder`, with "+changes" where it was edited; "unknown" without git."""
+    """Short commit of the checkout that `folder` is part of, with "+changes" where it was edited; else "unknown".
+
+    A folder that git does not track, as of a package that is installed below a checkout of something else, has none.
+    """
 
     def git(*arguments: str) -> str:
         result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
         return result.stdout.strip()
 
     try:
+        if not git("ls-files", "."):
+            return "unknown"
         return git("rev-parse", "--short=10", "HEAD") + (
             "+changes" if git("status", "--porcelain", "-uno") else ""
         )

@@ -38,7 +38,9 @@ class Setting:
     classes: int = 1000
     device: str = "cpu"
     seed: int = 0
-    batch_norm: str = "frozen"  # "train": statistics of the batch, scale and shift trained, in every variant
+    batch_norm: str = (
+        "frozen"  # "bias": shift trained; "train": and scale, statistics of the batch; in all variants
+    )
 
 
 @dataclass
@@ -95,11 +97,14 @@ def dense(setting: Setting, layout: str, last: int | None = None) -> Variant:
     model = build(setting)
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     frozen: list[nn.Module] = norms_of(model) if setting.batch_norm == "frozen" else []
+    if setting.batch_norm == "bias":
+        for norm in norms_of(model):
+            norm.get_parameter("weight").requires_grad_(False)
     frozen += convolutions[: max(len(convolutions) - last, 0)] if last is not None else []
     for module in frozen:
         module.requires_grad_(False)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return _variant(setting, model, layout, trained)
+    return variant_of(setting, model, layout, trained)
 
 
 def ours(
@@ -114,7 +119,7 @@ def ours(
     trained = selected_weights(model, selection) + sum(p.numel() for head in heads for p in head.parameters())
     if setting.batch_norm == "train":
         trained += sum(p.numel() for norm in norms_of(model) for p in norm.parameters())
-    return _variant(setting, model, layout, trained)
+    return variant_of(setting, model, layout, trained)
 
 
 def norms_of(model: nn.Module) -> list[nn.Module]:
@@ -131,7 +136,8 @@ def selected_weights(model: nn.Module, selection: Selection) -> int:
     return total
 
 
-def _variant(setting: Setting, model: nn.Module, layout: str, trained: int) -> Variant:
+def variant_of(setting: Setting, model: nn.Module, layout: str, trained: int) -> Variant:
+    """The model in a layout, with the setting's batch; `trained`: the weights and biases that should be."""
     generator = torch.Generator().manual_seed(setting.seed)
     x = torch.randn(setting.batch, 3, setting.size, setting.size, generator=generator).to(setting.device)
     y = torch.randint(setting.classes, (setting.batch,), generator=generator).to(setting.device)

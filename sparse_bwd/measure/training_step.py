@@ -9,19 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_bwd.measure.step import Variant
+from sparse_bwd.memory.predict import OPTIMIZERS
 
 DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
 PARTS = ("forward", "backward", "optimizer")
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
-    "sgd_momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
-    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
-    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr),
-}
 
 
 @dataclass
@@ -30,6 +25,7 @@ class TrainingStep:
 
     Attributes:
         forward: the model of the variant, compiled or with checkpoints for example.
+        optimizer_name: a key of `memory.predict.OPTIMIZERS`.
         dtype: a key of DTYPES; fp16 is scaled as `torch.amp.GradScaler` does.
         after_backward: runs between backward and the optimizer, as part of backward.
         copies: batches that take turns.
@@ -56,7 +52,9 @@ class TrainingStep:
         """A new optimizer of what is trained now."""
         parameters = [p for p in self.variant.model.parameters() if p.requires_grad]
         self.trained = sum(p.numel() for p in parameters)
-        self.optimizer = OPTIMIZERS[self.optimizer_name](parameters, self.lr)
+        self.optimizer = OPTIMIZERS[self.optimizer_name](parameters)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
 
     def loss(self) -> Tensor:
         """Forward and loss."""

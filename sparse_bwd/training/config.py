@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,8 @@ class Runtime:
 
 
 def parse_budget(text: str) -> dict[str, int | float]:
-    """Arguments for `sb.Budget`: "192311" weights, "8.8%" or "0.088" of all weights, "64MiB" of memory for a step,
-    "1.5GFLOPs" for its backward pass, or both of these, joined by "+"."""
+    """Arguments for `sb.Budget`: "192311" weights, "8.8%", "0.088" or "1/16" of all weights, "64MiB" of memory for a
+    step, "1.5GFLOPs" for its backward pass, or both of these, joined by "+"."""
     word = text.strip()
     try:
         if parts := [_amount(part) for part in word.split("+") if _AMOUNT.fullmatch(part.strip())]:
@@ -170,13 +171,15 @@ def parse_budget(text: str) -> dict[str, int | float]:
             raise ValueError(word)
         if word.endswith("%"):
             return _fraction(float(word[:-1]) / 100, text)
+        if "/" in word:
+            return _fraction(float(Fraction(word)), text)
         if word.replace("_", "").replace(",", "").lstrip("+-").isdigit():
             return _whole(int(word.replace(",", "")), text)
         return _fraction(float(word), text)
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         raise UserError(
-            f"The budget '{text}' is none of these: a number of weights (192311), a share of them (8.8% or 0.088), "
-            "memory (64MiB), operations of backward (1.5GFLOPs), or the last two joined (64MiB+1.5GFLOPs)."
+            f"The budget '{text}' is none of these: a number of weights (192311), a share of them (8.8%, 0.088 or "
+            "1/16), memory (64MiB), operations of backward (1.5GFLOPs), or the last two joined (64MiB+1.5GFLOPs)."
         ) from None
 
 

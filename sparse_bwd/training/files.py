@@ -56,7 +56,11 @@ def _sync_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2) + "\n"
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` as UTF-8, atomically."""
     write_atomically(path, lambda file: _write_all(file, text.encode()))
 
 
