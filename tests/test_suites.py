@@ -134,7 +134,12 @@ def compare(after: Any, tmp_path: Path, monkeypatch: Any, *more: str) -> int:
     [
         pytest.param(results([0.58, 0.60, 0.62]), 1, "| 1.20 | worse |", id="slower"),
         pytest.param(results([0.50, 0.60, 0.70]), 0, "0 worse, 0 better", id="slower within the noise"),
-        pytest.param(results([0.53, 0.54, 0.55]), 0, "0 worse, 0 better", id="slower below the threshold"),
+        pytest.param(
+            results([0.53, 0.54, 0.55]),
+            0,
+            "0 worse, 0 better",
+            id="slower, the spreads apart by less than the threshold",
+        ),
         pytest.param(results([0.30, 0.31, 0.32]), 0, "| 0.62 | better |", id="faster"),
         pytest.param(results([0.48, 0.50, 0.52], 1011), 1, "saved MiB", id="keeps more"),
         pytest.param(results([0.48, 0.50, 0.52], 1009), 0, "0 worse", id="keeps 0.9 % more"),
@@ -149,7 +154,8 @@ def test_regression(
 
 
 def test_threshold_is_that_of_the_caller(tmp_path: Path, monkeypatch: Any) -> None:
-    assert compare(results([0.53, 0.54, 0.55]), tmp_path, monkeypatch, "--threshold", "1.05") == 1
+    assert compare(results([0.56, 0.57, 0.58]), tmp_path, monkeypatch) == 0
+    assert compare(results([0.56, 0.57, 0.58]), tmp_path, monkeypatch, "--threshold", "1.05") == 1
     with pytest.raises(SystemExit, match="2"):
         compare(BEFORE, tmp_path, monkeypatch, "--threshold", "0.9")
 
