@@ -3,7 +3,8 @@
 A copy of the model on fake tensors (shapes and strides, no data) gets the selection and runs two whole steps. Saved
 bytes are counted as `saved_bytes` counts them and equal the measured ones. Peak and transient follow the life of every
 storage. What an operator takes inside itself is measured once per distinct call in this process, on the CPU; with it
-the peak is not below the measured one, and above it only where a layer frees more than the fake run knows.
+the peak is not below the measured one, and above it only where a layer frees more than the fake run knows. A model on
+the meta device is predicted as on the CPU.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from sparse_bwd.nn.compact import CompactLayer
 
-from .simulate import Run, call, fake_copy, index_tensors, map_tensors, simulation
+from .simulate import Run, call, fake_copy, fake_inputs, index_tensors, simulation
 from .timeline import state_tensors, unique_bytes
 
 Optimizer = torch.optim.Optimizer
@@ -100,7 +101,7 @@ def predict(
         from sparse_bwd.selection import apply
 
         apply(fake, selection)
-    inputs = map_tensors(example, mode.from_tensor)
+    inputs = fake_inputs(example, mode)
     run = Run(fake, make, loss)
     with simulation(mode):
         run.first_step(inputs)
@@ -180,7 +181,7 @@ def velocity_layers(
 
     handles = [layer.register_forward_hook(record) for layer in swapped]
     with simulation(mode), torch.no_grad():
-        call(fake, map_tensors(probe, mode.from_tensor))
+        call(fake, fake_inputs(probe, mode))
     for handle in handles:
         handle.remove()
     return sizes

@@ -40,14 +40,48 @@ def simulation(mode: Any) -> Iterator[None]:
 
 
 def fake_copy(model: nn.Module) -> tuple[nn.Module, Any]:
-    """A copy of the model whose parameters and buffers hold no data, and the fake mode that it lives in."""
+    """A copy of the model whose parameters and buffers hold no data, and the fake mode that it lives in.
+
+    A model on the meta device stands for one on the CPU.
+    """
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
     # Indices of a selection stay real, the model's own: they are small, only read, and their values are needed.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     indices = {id(tensor): tensor for tensor in index_tensors(model)}
     with FakeCopyMode(mode):
-        return copy.deepcopy(model, dict(indices)), mode
+        return copy.deepcopy(model, {**indices, **_in_place_of_meta(model, mode)}), mode
+
+
+def _in_place_of_meta(model: nn.Module, mode: Any) -> dict[int, Tensor]:
+    """Fake tensors on the CPU by the id of the meta tensor whose place they take, as `copy.deepcopy` wants them."""
+    found: dict[int, Tensor] = {}
+    made: dict[Any, Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type != "meta":
+            continue
+        # A layer that is trained whole holds one memory twice.
+        memory = (storage_key(tensor), tensor.shape, tensor.stride(), tensor.storage_offset())
+        fake = made.setdefault(memory, fake_tensor(tensor, mode)).detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        found[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+    return found
+
+
+def fake_inputs(inputs: Any, mode: Any) -> Any:
+    """Model inputs whose tensors hold no data."""
+    return map_tensors(inputs, lambda tensor: fake_tensor(tensor, mode))
+
+
+def fake_tensor(tensor: Tensor, mode: Any) -> Tensor:
+    """A fake tensor like a real one; like one of the meta device, but on the CPU."""
+    fake: Tensor
+    if tensor.device.type != "meta":
+        fake = mode.from_tensor(tensor)
+        return fake
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return fake
 
 
 def index_tensors(model: nn.Module) -> list[Tensor]:

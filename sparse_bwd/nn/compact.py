@@ -256,7 +256,7 @@ def synchronise(layers: Iterable[CompactLayer]) -> None:
         parameters, synced = layer._parameters, layer._synced
         for name, slot in layer._slots.items():
             full, part = parameters[name], parameters[TRAINABLE[name]]
-            if full is None or part is None:
+            if full is None or part is None or full.device.type == "meta":  # no values that could disagree
                 continue
             if not compiling:
                 last = synced.get(name)

@@ -40,8 +40,14 @@ def as_index(index: Iterable[int] | Tensor | None, count: int, what: str) -> Ten
     return values
 
 
+def beside(device: torch.device) -> torch.device:
+    """Where the index of a tensor on `device` lives: there, but on the CPU for meta tensors, which hold no values."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def mover(device: torch.device) -> Move:
     """A function that moves index vectors to `device`; a vector that is held in two places stays one."""
+    device = beside(device)
     moved: dict[int, tuple[Tensor, Tensor]] = {}
 
     def move(vector: Tensor | None) -> Tensor | None:

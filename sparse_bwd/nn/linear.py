@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparse_bwd.nn.compact import CompactLayer, Slot
 from sparse_bwd.nn.function import Function, refuse_second_order
-from sparse_bwd.nn.index import as_index
+from sparse_bwd.nn.index import as_index, beside
 from sparse_bwd.ops.linear_dw import bias_gradient, linear_dw
 
 
@@ -154,7 +154,7 @@ def place_selection(
 ) -> None:
     """Make the slots of a weight-bearing layer from a checked selection and install them."""
     full = layer._full("weight")
-    layer_index = None if chosen is None else chosen.to(full.device)
+    layer_index = None if chosen is None else chosen.to(beside(full.device))
     # An index of all channels is no gather at all.
     index = None if chosen is not None and chosen.numel() == layer.num_channels(axis) else layer_index
     slots: dict[str, Slot] = {}
@@ -172,6 +172,8 @@ def place_selection(
 def autocast_input(x: Tensor) -> Tensor:
     """x in the dtype that autocast computes in; the cast stands outside the Function so that autograd undoes it."""
     device = x.device.type
+    if device == "meta":  # autocast does not know it
+        return x
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x

@@ -43,13 +43,18 @@ def apply(
     wanted.validate(model)
     compact: dict[str, CompactLayer] = {**layers(model), **norms(model)}
     refuse_pending(compact)
-    for name, layer in compact.items():
-        before = {n: (layer._parameters[t], layer._slots.get(n)) for n, t in TRAINABLE.items()}
-        _select(layer, wanted.get(name))
-        if optimizer is not None:
-            for kind, (old, old_slot) in before.items():
-                new, slot = layer._parameters[TRAINABLE[kind]], layer._slots.get(kind)
-                _migrate(optimizer, layer, kind, name, (old, old_slot), (new, slot), group)
+    groups = None if optimizer is None else _Groups(optimizer)
+    try:
+        for name, layer in compact.items():
+            before = {n: (layer._parameters[t], layer._slots.get(n)) for n, t in TRAINABLE.items()}
+            _select(layer, wanted.get(name))
+            if groups is not None:
+                for kind, (old, old_slot) in before.items():
+                    new, slot = layer._parameters[TRAINABLE[kind]], layer._slots.get(kind)
+                    _migrate(groups, layer, kind, name, (old, old_slot), (new, slot), group)
+    finally:
+        if groups is not None:
+            groups.close()
 
 
 def _select(layer: CompactLayer, channels: Channels | None) -> None:
@@ -77,8 +82,58 @@ def refuse_pending(compact: dict[str, CompactLayer]) -> None:
                 )
 
 
+class _Groups:
+    """The groups of an optimizer, with the place of every Parameter: to look for each anew takes time with the square.
+
+    What is taken out leaves a gap until `close`, so that the places of all others stay right.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._lists: list[list[nn.Parameter | None]] = [group["params"] for group in optimizer.param_groups]
+        self._place: dict[int, tuple[int, int]] = {}
+        self._new: list[nn.Parameter] = []
+        for g, entries in enumerate(self._lists):
+            for i, parameter in enumerate(entries):
+                self._place.setdefault(id(parameter), (g, i))
+
+    def place(self, parameter: Tensor | None) -> tuple[int, int] | None:
+        """(group, position) of a Parameter."""
+        return None if parameter is None else self._place.get(id(parameter))
+
+    def exchange(self, old: nn.Parameter, new: nn.Parameter | None) -> None:
+        """Put `new` where `old` is; None leaves the place empty."""
+        g, i = self._place.pop(id(old))
+        self._lists[g][i] = new
+        if new is not None:
+            self._place[id(new)] = g, i
+            self._new.append(new)
+
+    def append(self, new: nn.Parameter, where: int) -> None:
+        """Add a Parameter to a group; to the last one where there are fewer."""
+        g = min(where, len(self._lists) - 1)
+        self._place[id(new)] = g, len(self._lists[g])
+        self._lists[g].append(new)
+        self._new.append(new)
+
+    def close(self) -> None:
+        """Remove the gaps, and give new Parameters the momentum that fused SGD wants of all or none of a group."""
+        for entries in self._lists:
+            entries[:] = [parameter for parameter in entries if parameter is not None]
+        if not isinstance(self.optimizer, torch.optim.SGD):
+            return
+        state, groups = self.optimizer.state, self.optimizer.param_groups
+        mixed = [
+            bool(group.get("fused")) and any("momentum_buffer" in state.get(p, {}) for p in group["params"])
+            for group in groups
+        ]
+        for new in self._new:
+            if mixed[self._place[id(new)][0]] and new not in state:
+                state[new] = {"momentum_buffer": torch.zeros_like(new)}
+
+
 def _migrate(
-    optimizer: torch.optim.Optimizer,
+    groups: _Groups,
     layer: CompactLayer,
     kind: str,
     name: str,
@@ -89,40 +144,28 @@ def _migrate(
     """Exchange one compact Parameter in the optimizer's groups and move its state."""
     (old, old_slot), (new, slot) = before, after
     if old is new:
-        if new is not None and _find(optimizer, new) is None:
-            _insert(optimizer, layer, kind, name, new, group)
+        if new is not None and groups.place(new) is None:
+            _insert(groups, layer, kind, name, new, group)
         return
-    place = None if old is None else _find(optimizer, old)
+    place = groups.place(old)
+    stays = place is not None and group is None and new is not None
     state: dict[str, Any] = {}
     if old is not None and place is not None:
         layer.__dict__.setdefault("_last_group", {})[kind] = place[0]
-        parameters = optimizer.param_groups[place[0]]["params"]
-        state = optimizer.state.pop(old, {})
-        del parameters[place[1]]
+        state = groups.optimizer.state.pop(old, {})
+        groups.exchange(old, new if stays else None)
     if new is None or slot is None:
         return
-    if place is not None and group is None:
-        optimizer.param_groups[place[0]]["params"].insert(place[1], new)
-    else:
-        _insert(optimizer, layer, kind, name, new, group)
+    if not stays:
+        _insert(groups, layer, kind, name, new, group)
     if state and old is not None and old_slot is not None:
         carried = _carry(state, old, old_slot, new, slot, f"{name}.{TRAINABLE[kind]}")
         if carried:
-            optimizer.state[new] = carried
-    _start_fused_momentum(optimizer, new)
-
-
-def _find(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[int, int] | None:
-    """(group, position) of a Parameter in the optimizer."""
-    for g, entries in enumerate(optimizer.param_groups):
-        for i, p in enumerate(entries["params"]):
-            if p is parameter:
-                return g, i
-    return None
+            groups.optimizer.state[new] = carried
 
 
 def _insert(
-    optimizer: torch.optim.Optimizer,
+    groups: _Groups,
     layer: CompactLayer,
     kind: str,
     name: str,
@@ -133,26 +176,15 @@ def _insert(
     full weight (which `model.parameters()` put there), else the first."""
     if group is not None:
         where = group(f"{name}.{TRAINABLE[kind]}", new)
-        if not 0 <= where < len(optimizer.param_groups):
-            raise ValueError(
-                f"group() returned {where}, but the optimizer has {len(optimizer.param_groups)} groups."
-            )
+        count = len(groups.optimizer.param_groups)
+        if not 0 <= where < count:
+            raise ValueError(f"group() returned {where}, but the optimizer has {count} groups.")
     else:
         last: dict[str, int] = layer.__dict__.get("_last_group", {})
         full = layer._parameters[kind]
-        found = None if full is None else _find(optimizer, full)
+        found = groups.place(full)
         where = last.get(kind, last.get("weight", found[0] if found else 0))
-    optimizer.param_groups[min(where, len(optimizer.param_groups) - 1)]["params"].append(new)
-
-
-def _start_fused_momentum(optimizer: torch.optim.Optimizer, new: nn.Parameter) -> None:
-    """Give a new Parameter a momentum of zero where fused SGD would refuse some with and some without."""
-    place = _find(optimizer, new)
-    group = optimizer.param_groups[place[0]] if place else {}
-    if not isinstance(optimizer, torch.optim.SGD) or not group.get("fused") or new in optimizer.state:
-        return
-    if any("momentum_buffer" in optimizer.state.get(p, {}) for p in group["params"]):
-        optimizer.state[new] = {"momentum_buffer": torch.zeros_like(new)}
+    groups.append(new, where)
 
 
 def _carry(

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_bwd.memory.saved import calling_modules, storage_key
-from sparse_bwd.memory.simulate import call, fake_copy, map_tensors, simulation
+from sparse_bwd.memory.simulate import call, fake_copy, fake_inputs, simulation
 from sparse_bwd.memory.timeline import state_tensors, unique_bytes
 from sparse_bwd.nn import SparseConv2d, layers
 from sparse_bwd.selection.apply import apply
@@ -66,17 +67,19 @@ def channel_costs(
     apply(fake, Selection({name: Channels(None, table.axis, bias) for name in table.names}))
     watch = _Watch(fake, table)
     with simulation(mode), torch.enable_grad():
-        watch.run(map_tensors(batch, mode.from_tensor))
+        watch.run(fake_inputs(batch, mode))
     order = sorted(range(len(table.names)), key=lambda i: watch.first.get(i, len(table.names)))
-    layer_of = [layers(fake)[table.names[i]] for i in order]
+    swapped = layers(fake)
+    layer_of = [swapped[table.names[i]] for i in order]
     itemsize = [layer.weight.element_size() for layer in layer_of]
     state = 2 + state_numbers(make)
     unit = [
         table.unit[i] * size * state + 8 + watch.slice_bytes.get(i, 0)
         for i, size in zip(order, itemsize, strict=True)
     ]
-    inputs = list(dict.fromkeys(watch.whole.values()))  # the storages that layers keep whole
-    group = [inputs.index(watch.whole[i]) if i in watch.whole else len(inputs) for i in order]
+    # The storages that layers keep whole, numbered.
+    inputs = {key: number for number, key in enumerate(dict.fromkeys(watch.whole.values()))}
+    group = [inputs[watch.whole[i]] if i in watch.whole else len(inputs) for i in order]
     positions = [watch.positions.get(i, 0) for i in order]
     weights = [layer.weight.numel() for layer in layer_of]
     dx = _double([2 * w * p for w, p in zip(weights, positions, strict=True)])
@@ -114,7 +117,8 @@ class _Watch:
 
     def __init__(self, model: nn.Module, table: CostTable) -> None:
         self.model, self.axis = model, table.axis
-        self.place = {layers(model)[name]: i for i, name in enumerate(table.names)}
+        swapped = layers(model)
+        self.place = {swapped[name]: i for i, name in enumerate(table.names)}
         self.channels = table.sizes
         self.first: dict[int, int] = {}
         self.slice_bytes: dict[int, int] = {}
@@ -167,17 +171,13 @@ class _Watch:
 
     def behind(self, order: list[int]) -> Tensor:
         """Bytes that others keep behind each layer, in forward order [L]; without what they keep in any case."""
-        after = [
-            sum(
-                self._sizes[key]
-                for key, before in self._others.items()
-                if before > self.first.get(i, len(order))
-            )
-            for i in order
-        ]
+        kept = [0] * (len(self.first) + 1)  # by the number of layers called before
+        for key, before in self._others.items():
+            kept[before] += self._sizes[key]
+        after = list(accumulate(reversed(kept)))[::-1]
         # The classifier's input and what lies behind the last layer are kept whatever is selected.
-        least = sum(self._sizes[key] for key, before in self._others.items() if before >= len(self.first))
-        return _double([max(size - least, 0) for size in after])
+        least = after[-1]
+        return _double([after[self.first[i] + 1] - least if i in self.first else 0 for i in order])
 
 
 def _double(values: list[float] | list[int]) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.memory.simulate import call, fake_copy, map_tensors, simulation
+from sparse_bwd.memory.simulate import call, fake_copy, fake_inputs, simulation
 from sparse_bwd.nn import SparseConv2d, SparseLinear
 from sparse_bwd.selection.apply import apply
 
@@ -46,7 +46,7 @@ def backward_flops(model: nn.Module, selection: Any, batch: Any) -> dict[str, in
         if isinstance(layer, SparseConv2d | SparseLinear | nn.Conv2d | nn.Linear)
     ]
     with simulation(mode), torch.enable_grad():
-        call(fake, map_tensors(batch, mode.from_tensor))
+        call(fake, fake_inputs(batch, mode))
     for handle in handles:
         handle.remove()
     return found

@@ -58,7 +58,8 @@ class GradientMeter:
 
     def norms(self, model: nn.Module, table: CostTable) -> Tensor:
         """n_c of every row of `table`, float64 on the CPU. ValueError if the loss or a gradient is not finite."""
-        opened = {name: layers(model)[name] for name in table.names}
+        swapped = layers(model)
+        opened = {name: swapped[name] for name in table.names}
         sums: dict[str, Tensor] = {}
 
         def read(name: str, gradient: Tensor) -> None:
@@ -87,8 +88,9 @@ class GradientMeter:
             elements[name] += values.numel() // (values.shape[0] if batched else 1)
 
         with unchanged(model, self.mode), torch.no_grad(), ExitStack() as stack:
+            swapped = layers(model)
             for name in table.names:
-                stack.callback(_on_input(name, layers(model)[name], count).remove)
+                stack.callback(_on_input(name, swapped[name], count).remove)
             inputs, _ = next(self._batches(model), (None, None))
             if inputs is None:
                 raise ValueError("data gave no batch, so no input can be measured; give it at least one.")

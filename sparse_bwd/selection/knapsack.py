@@ -9,7 +9,8 @@ input are one group and pay for it once; d is the first open layer, and depth_d 
 For a fixed set of open layers the best channels are those whose score per unit exceeds one price lambda, common to all
 layers. Tables of cost and score over a grid of prices judge thousands of sets in a few matrix products: first those
 that are optimal for some price (the Lagrangian relaxation) behind each possible d, then the neighbours of the best by
-opening, closing or exchanging a layer, until none is better. The last bytes are filled channel by channel.
+opening, closing or exchanging a layer, until none is better. The last bytes are filled channel by channel. Of more than
+REACH layers not all are tried: time and memory grow with the layers, and not with their third power.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ PRICES = 192
 CANDIDATES = 8  # sets whose last bytes are filled before the best is known
 SMALL = 2000  # so many choices are tried one by one
 MIXTURES = 8  # steps between one limit and another, under two of them
+REACH = 64  # layers that are tried as the first open one; of so many all are also tried for an exchange
+STEPS = 16  # from a set to a better neighbour; fewer than a hundred layers need five at most
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,18 @@ class Charges:
         groups[self.group[is_open]] = True
         first = int(is_open.nonzero()[0])
         return float((counts * self.unit).sum() + self.charge[groups].sum() + self.depth[first])
+
+    def of_one(self) -> Tensor:
+        """Cost of a single channel, in each layer [L]."""
+        return self.unit + self.charge[self.group] + self.depth
+
+    def of_opening(self, counts: Tensor) -> Tensor:
+        """What one channel more costs, in each layer [L] that is closed under `counts` [L]."""
+        is_open = counts > 0
+        charge = self.charge.clone()
+        charge[self.group[is_open]] = 0
+        reached = self.depth[is_open].max() if bool(is_open.any()) else 0.0
+        return self.unit + charge[self.group] + (self.depth - reached).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -107,13 +123,13 @@ def _solve_one(ordered: list[Tensor], limits: Sequence[Limit], weights: Tensor) 
     """The best choice when channels are taken by score per unit of the mixture of the limits."""
     tables = _Tables(ordered, limits, weights)
     best = _best(tables, tables.priced())
-    while True:
-        near = torch.cat([best[0][1][None], _neighbours(best[0][1])])
-        better = _best(tables, near)
-        if better[0][0] <= best[0][0] * (1 + 1e-9):
+    for _ in range(STEPS):
+        chosen, gain = best[0].chosen, tables.gain[:, best[0].column]
+        better = _best(tables, torch.cat([chosen[None], _neighbours(chosen, gain)]))
+        if better[0].value <= best[0].value * (1 + 1e-9):
             break
         best = better
-    filled = [_fill(ordered, limits, tables.mixed.unit, counts) for _, _, counts in best]
+    filled = [_fill(ordered, limits, tables.mixed.unit, found.counts) for found in best]
     return max(filled, key=lambda counts: _total(ordered, counts))
 
 
@@ -125,8 +141,19 @@ def _sum(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
+class _Found(NamedTuple):
+    """A set of layers [L], its channels per layer at a price (a column of the tables), and what it is worth."""
+
+    value: float
+    chosen: Tensor
+    counts: Tensor
+    column: int
+
+
 class _Tables:
     """Channels and scores of each layer at each price: `count`, `score` [L, P]; `price` [P], falling.
+
+    `gain` [L, P] is the score less the price of what it costs, with an equal share of the charge of the layer's group.
 
     The price is per unit of `mixed`, the weighted sum of the limits; `each` holds the limits, every one as share of
     what it allows.
@@ -152,17 +179,17 @@ class _Tables:
         self.count = torch.stack(rows)
         sums = [torch.cat([score.new_zeros(1), score.cumsum(0)]) for score in ordered]
         self.score = torch.stack([total[row] for total, row in zip(sums, self.count, strict=True)])
-        self.members = torch.zeros(len(parts[0].unit), len(parts[0].charge), dtype=torch.float64)
-        self.members[torch.arange(len(parts[0].unit)), parts[0].group] = 1
+        self.group = self.mixed.group
+        share = self.mixed.charge[self.group] / torch.bincount(self.group)[self.group]
+        spent = self.count * self.mixed.unit[:, None]
+        self.gain = self.score - self.price * (spent + share[:, None])
 
     def priced(self) -> Tensor:
-        """Sets [n, L] (bool) that are optimal at some price, among the layers behind each possible first one."""
-        layers = len(self.mixed.unit)
-        share = self.mixed.charge[self.mixed.group] / self.members.sum(0)[self.mixed.group]
-        spent = self.count * self.mixed.unit[:, None]
-        gain = (self.score - self.price * (spent + share[:, None]))[:, ::3]
-        behind = torch.ones(layers, layers).triu().bool()  # row d: layers d ... L - 1
-        sets = ((gain > 0).t()[:, None, :] & behind[None]).reshape(-1, layers)
+        """Sets [n, L] (bool) that are optimal at some price, among the layers behind some possible first one."""
+        layers = len(self.group)
+        first = torch.linspace(0, layers - 1, min(layers, REACH), dtype=torch.float64).round().long()
+        behind = torch.arange(layers) >= first[:, None]
+        sets = ((self.gain[:, ::3] > 0).t()[:, None, :] & behind[None]).reshape(-1, layers)
         sets = torch.cat([torch.zeros(1, layers, dtype=torch.bool), behind, sets])
         distinct: Tensor = sets.unique(dim=0)
         return distinct
@@ -170,7 +197,8 @@ class _Tables:
     def left(self, sets: Tensor) -> Tensor:
         """Share of each limit that the sets [n, L] leave at each price, [limits, n, P]; negative: too much."""
         z = sets.double()
-        groups = ((z @ self.members) > 0).double()
+        in_group = z.new_zeros(len(z), len(self.mixed.charge)).index_add_(1, self.group, z)
+        groups = (in_group > 0).double()
         first = sets.int().argmax(1)
         rests = []
         for charges in self.each:
@@ -179,8 +207,8 @@ class _Tables:
         return torch.stack(rests)
 
 
-def _best(tables: _Tables, sets: Tensor) -> list[tuple[float, Tensor, Tensor]]:
-    """The most promising of `sets` [n, L], best first: value, set and channels per layer at the lowest fitting price.
+def _best(tables: _Tables, sets: Tensor) -> list[_Found]:
+    """The most promising of `sets` [n, L], best first, each at the lowest fitting price.
 
     The value counts what filling the rest will bring: the share of the way to the next price that fits.
     """
@@ -194,18 +222,23 @@ def _best(tables: _Tables, sets: Tensor) -> list[tuple[float, Tensor, Tensor]]:
     value = torch.lerp(score[row, column], score[row, after], step)
     value = value.masked_fill(column < 0, -1.0)
     best = value.topk(min(CANDIDATES, len(sets))).indices.tolist()
-    found = [
-        (float(value[i]), sets[i], tables.count[:, column[i]] * sets[i]) for i in best if float(value[i]) >= 0
-    ]
+    at = [(i, int(column[i])) for i in best if float(value[i]) >= 0]
+    found = [_Found(float(value[i]), sets[i], tables.count[:, c] * sets[i], c) for i, c in at]
     nothing = torch.zeros(sets.shape[1], dtype=torch.int64)
-    return found or [(0.0, nothing.bool(), nothing)]
+    return found or [_Found(0.0, nothing.bool(), nothing, 0)]
 
 
-def _neighbours(chosen: Tensor) -> Tensor:
-    """Sets that differ from `chosen` [L] in one layer, or exchange an open one for a closed one."""
-    layers = len(chosen)
-    one = chosen ^ torch.eye(layers, dtype=torch.bool)
-    inside, outside = chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+def _neighbours(chosen: Tensor, gain: Tensor) -> Tensor:
+    """Sets that differ from `chosen` [L] in one layer, or exchange an open one for a closed one.
+
+    Of many layers, the open ones with the least `gain` [L] and the closed ones with the largest.
+    """
+    # An exchange matters the less the more layers there are.
+    most = max(REACH**2 // max(len(chosen), REACH), 8)
+    inside, outside = _least(chosen, gain, most), _least(~chosen, -gain, most)
+    changed = torch.cat([inside, outside]).sort().values
+    one = chosen.repeat(len(changed), 1)
+    one[torch.arange(len(changed)), changed] = ~chosen[changed]
     pairs = torch.cartesian_prod(inside, outside).reshape(-1, 2)
     two = chosen.repeat(len(pairs), 1)
     two[torch.arange(len(pairs)), pairs[:, 0]] = False
@@ -213,15 +246,31 @@ def _neighbours(chosen: Tensor) -> Tensor:
     return torch.cat([one, two])
 
 
+def _least(among: Tensor, gain: Tensor, most: int) -> Tensor:
+    """At most `most` of the layers `among` [L], those of the least gain, in their order."""
+    order = torch.sort(gain.masked_fill(~among, math.inf), stable=True).indices
+    return order[: min(most, int(among.sum()))].sort().values
+
+
 def _fill(ordered: list[Tensor], limits: Sequence[Limit], weight: Tensor, counts: Tensor) -> Tensor:
     """Spend what is left: on the best channels of open layers by score per `weight` [L], then on closed layers."""
     counts = _extend(ordered, limits, weight, counts)
-    for layer in (counts == 0).nonzero().flatten().tolist():
+    layer = -1
+    while (layer := _next_fitting(ordered, limits, counts, layer)) >= 0:
         opened = counts.clone()
         opened[layer] = 1
-        if len(ordered[layer]) and all(limit.fits(opened) for limit in limits):
+        if all(limit.fits(opened) for limit in limits):
             counts = _extend(ordered, limits, weight, opened)
     return counts
+
+
+def _next_fitting(ordered: list[Tensor], limits: Sequence[Limit], counts: Tensor, after: int) -> int:
+    """The first closed layer behind `after` whose best channel fits, up to rounding; -1 if there is none."""
+    fits = torch.tensor([i > after and len(score) > 0 for i, score in enumerate(ordered)]) & (counts == 0)
+    for limit in limits:  # summed in another order than `Limit.fits` does, which decides
+        left = limit.amount - limit.charges.cost(counts) + 1e-9 * abs(limit.amount)
+        fits &= limit.charges.of_opening(counts) <= left
+    return int(fits.int().argmax()) if bool(fits.any()) else -1
 
 
 def _extend(ordered: list[Tensor], limits: Sequence[Limit], weight: Tensor, counts: Tensor) -> Tensor:

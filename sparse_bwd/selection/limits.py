@@ -228,9 +228,7 @@ class Limits:
         self._level = {name: nothing.of(name) for name in self.amounts}
         least = {}
         for name in self.amounts:
-            charges = self.costs.of(name)
-            one = [charges.cost(row) for row in torch.eye(len(self.costs.order), dtype=torch.int64)]
-            least[name] = self._level[name] + min(one)
+            least[name] = self._level[name] + float(self.costs.of(name).of_one().min())
         smallest = Need(**{name: int(value) for name, value in least.items()})
         if over := self.excess(smallest):
             raise ValueError(

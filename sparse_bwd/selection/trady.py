@@ -76,7 +76,8 @@ class TraDyPolicy(BudgetPolicy):
             return self.selection
         if self.top_layers is None:
             self.top_layers = self._rank()
-        kept = torch.tensor([name in self.top_layers for name in self.table.names])
+        top = set(self.top_layers)
+        kept = torch.tensor([name in top for name in self.table.names])
         rows = kept[self.table.layer].nonzero().flatten()
         return self._take(rows[torch.randperm(len(rows), generator=self.generator)])
 
