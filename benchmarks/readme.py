@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy
+from benchmarks import accuracy, standard
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,7 +49,23 @@ def accuracy_table(record: dict[str, Any]) -> str:
     return f"\n{record['title']}, CPU threads: {record['threads']}; {source}:\n\n{accuracy.table(record)}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"signs": accuracy_table, "step": step_table}
+def bench_table(record: dict[str, Any]) -> str:
+    """Time and peak over dense of four networks, under lines that say what they are."""
+    asked, where = (next(iter(record["networks"].values()))[key] for key in ("asked", "machine"))
+    place = where.get("gpu") or f"{asked['threads'] or where['threads']} CPU threads"
+    return (
+        f"\nTime / peak of a whole step, each over dense PyTorch's in its faster layout, on {place}; random channels; "
+        f"all figures in [bench-{asked['device']}.md](benchmarks/results/bench-{asked['device']}.md):\n\n"
+        f"{standard.table(record)}"
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "signs": accuracy_table,
+    "step": step_table,
+    "bench-cpu": bench_table,
+    "bench-cuda": bench_table,
+}
 
 
 def filled(text: str, results: Path = RESULTS) -> str:

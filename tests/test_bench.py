@@ -16,6 +16,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks import standard
+from benchmarks.readme import filled
 from sparse_bwd.cli import app
 from sparse_bwd.measure.bench import (
     adapters,
@@ -35,7 +37,7 @@ from sparse_bwd.measure.energy import EnergyMeter
 from sparse_bwd.training.errors import UserError
 
 TINY = Asked("tests.training_net:tiny", batch=2, size=16, classes=10, rounds=2)
-INSTALLED = [name for name in ALTERNATIVES if name not in ("lora", "memsave")]
+INSTALLED = [name for name in ALTERNATIVES if name != "memsave"]
 
 
 def measured(case: Case, layout: str = "nchw", **changes: Any) -> dict[str, Any]:
@@ -85,7 +87,8 @@ def test_alternatives(name: str, dense: dict[str, Any], monkeypatch: pytest.Monk
 
     with config.patch(activation_memory_budget=1.0):  # which one of them sets, for good
         row = measured(Case(name, "1/2" if STRATEGIES[name].spends else ""))
-    assert row["peak"] <= 1.05 * dense["peak"]
+    # Adapters keep their inputs and the base layers' besides, which in so small a network is more than dense needs.
+    assert row["peak"] <= (1.5 if name == "lora" else 1.05) * dense["peak"]
     if STRATEGIES[name].spends:
         assert 0 < row["weights"] <= 1512 // 2
     else:
@@ -199,9 +202,12 @@ def test_a_crash_is_a_cell() -> None:
     assert processes.reason_of(-11, "") == "ended by SIGSEGV"
     assert processes.reason_of(3, "first\nlast words\n") == "exit code 3: last words"
     assert processes.in_words(ValueError("what  it\nis")) == "ValueError: what it is"
-    missing = next((name for name in ("memsave", "lora") if STRATEGIES[name].why_not()), None)
-    if missing:
-        assert "is not installed" in processes.run_case(TINY, Case(missing, "1/2"), "nchw", 1)["error"]
+    if not STRATEGIES["memsave"].why_not():
+        pytest.skip("memsave_torch is installed")
+    assert (
+        "memsave_torch is not installed"
+        in processes.run_case(TINY, Case("memsave", "1/2"), "nchw", 1)["error"]
+    )
 
 
 def test_without_dense_there_is_nothing_to_compare() -> None:
@@ -275,6 +281,26 @@ def test_the_page_in_a_browser(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     title = done.stdout.split("<title>")[1].split("</title>")[0]
     assert json.loads(title) == {"rows": 8, "figures": 3, "wide": False}
+
+
+def test_the_standard_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its page, its figure and the table of the README, from rows that are there already; old networks are kept."""
+    record = json.loads((folder / "bench.json").read_text())
+    names = {"first": standard.Network("First", (2, 16)), "second": standard.Network("Second", (2, 16))}
+    monkeypatch.setattr(standard, "NETWORKS", names)
+    monkeypatch.setattr(standard, "run", lambda *words: json.loads(json.dumps(record)))
+    for name in names:
+        command = ["standard", "--out", str(tmp_path), "--models", name, "--rounds", "1"]
+        monkeypatch.setattr("sys.argv", command)
+        standard.main()
+    stored = json.loads((tmp_path / "bench-cpu.json").read_text())
+    assert list(stored["networks"]) == ["first", "second"] and "parts" not in str(stored)
+    assert (tmp_path / "bench-cpu.png").read_bytes().startswith(b"\x89PNG")
+    text = filled("<!-- results:bench-cpu -->\n<!-- /results:bench-cpu -->\n", tmp_path)
+    rows = {row["name"]: row for row in record["rows"]}
+    cell = f"{rows['masked 1/4']['ratio']:.2f} / {rows['masked 1/4']['peak'] / rows['dense']['peak']:.2f}"
+    assert text.count(cell) == 2 and "| First: " in text
+    assert "is <not> here" in (tmp_path / "bench-cpu.md").read_text()
 
 
 def test_the_front() -> None:

@@ -155,10 +155,10 @@ def measure(
     found = {name: _bytes(variant, warmup) for name, variant in made.items()}
     for _ in range(rounds):
         for name, variant in made.items():
-            _synchronise(variant.x.device)
+            synchronise(variant.x.device)
             start = time.perf_counter()
             variant.step()
-            _synchronise(variant.x.device)
+            synchronise(variant.x.device)
             found[name].ms.append((time.perf_counter() - start) * 1e3)
             variant.clear()
     return found
@@ -180,6 +180,7 @@ def _bytes(variant: Variant, warmup: int) -> Measured:
     return Measured(saved, peak, gradients, state, count, variant.expected_trained)
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
     if device.type == "cuda":  # pragma: no cover -- needs CUDA
         torch.cuda.synchronize(device)

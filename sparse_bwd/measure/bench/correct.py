@@ -82,4 +82,4 @@ def _compare(pair: Pair, tolerance: float, floor: float) -> None:
 def _norm(tensors: Iterable[Tensor]) -> float:
     """Of all values together, in float64."""
     squares = [torch.linalg.vector_norm(each, dtype=torch.float64) ** 2 for each in tensors]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    return torch.stack(squares).sum().sqrt().item() if squares else 0.0

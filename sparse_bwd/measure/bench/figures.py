@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparse_bwd.measure.bench.asked import EVERYTHING, NOTHING
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
@@ -17,6 +17,15 @@ LINES = (
 )  # fmt: skip
 DENSE, OURS, OTHERS = "#000000", "#00204d", "#b3a55a"
 MOST_BARS = 24
+
+
+class Quantity(NamedTuple):
+    """What is drawn against the budget; `spread`: its lowest and highest value, from a row."""
+
+    title: str
+    axis: str
+    value: Callable[[Row, Row], float]
+    spread: Callable[[Row], tuple[float, float]] | None = None
 
 
 def measured(found: Mapping[str, Any]) -> list[Row]:
@@ -40,32 +49,41 @@ def budget_figure(found: Mapping[str, Any]) -> Any:
     """Time and peak against the budget, each over dense."""
     from matplotlib import pyplot as plt
 
-    rows = measured(found)
-    lines = series(rows)
-    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["strategy"] == "ours"))
     figure, panels = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 3.3))
-    for panel, (name, value, spread) in zip(panels, _QUANTITIES, strict=True):
-        for (label, line), (style, marker, colour) in zip(lines.items(), LINES * 3, strict=False):
-            x = [budgets.index(row["budget"]) for row in line]
-            y = [value(row, rows[0]) for row in line]
-            panel.plot(x, y, linestyle=style, marker=marker, color=colour, markersize=5, label=label)
-            for place, row in zip(x, line, strict=True) if spread else ():
-                panel.vlines(place, *spread(row), color=colour, linewidth=1, alpha=0.5)
-        panel.axhline(1, color=DENSE, linewidth=1)
-        panel.annotate("dense", (0, 1), xytext=(0, 3), textcoords="offset points", fontsize=9)
-        panel.set_xticks(range(len(budgets)), budgets)
+    for panel, quantity in zip(panels, QUANTITIES, strict=True):
+        draw_budget(panel, found, quantity)
         panel.set_xlabel("budget")
-        panel.set_ylabel(name)
-        panel.set_ylim(0, max(1.15, panel.get_ylim()[1]))
-        panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-    if lines:
-        handles, labels = panels[0].get_legend_handles_labels()
+        panel.set_ylabel(quantity.axis)
+        panel.set_title(quantity.title)
+    legend_below(figure, panels[0])
+    return figure
+
+
+def draw_budget(panel: Any, found: Mapping[str, Any], quantity: Quantity) -> None:
+    """A quantity of ours over that of dense against the budget, a line for each policy."""
+    rows = measured(found)
+    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["strategy"] == "ours"))
+    for (label, line), (style, marker, colour) in zip(series(rows).items(), LINES * 3, strict=False):
+        x = [budgets.index(row["budget"]) for row in line]
+        y = [quantity.value(row, rows[0]) for row in line]
+        panel.plot(x, y, linestyle=style, marker=marker, color=colour, markersize=5, label=label)
+        if quantity.spread is not None:
+            low, high = zip(*map(quantity.spread, line), strict=True)
+            panel.vlines(x, low, high, color=colour, linewidth=1, alpha=0.5)
+    panel.axhline(1, color=DENSE, linewidth=1)
+    panel.annotate("dense", (0, 1), xytext=(0, 3), textcoords="offset points", fontsize=9)
+    panel.set_xticks(range(len(budgets)), budgets)
+    panel.set_ylim(0, max(1.15, panel.get_ylim()[1]))
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+
+
+def legend_below(figure: Any, panel: Any) -> None:
+    """What the lines of a panel mean, below all panels; nothing where it has none."""
+    handles, labels = panel.get_legend_handles_labels()
+    if labels:
         figure.legend(
             handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9
         )
-    panels[0].set_title("Time of a step")
-    panels[1].set_title("Peak memory of a step")
-    return figure
 
 
 def _time_spread(row: Row) -> tuple[float, float]:
@@ -74,9 +92,18 @@ def _time_spread(row: Row) -> tuple[float, float]:
     return row["ms"]["step"][0] / dense, row["ms"]["step"][2] / dense
 
 
-_QUANTITIES: tuple[tuple[str, Callable[[Row, Row], float], Any], ...] = (
-    ("time / dense (median, p20 to p80)", lambda row, dense: float(row["ratio"]), _time_spread),
-    ("peak / dense", lambda row, dense: float(row["peak"]) / float(dense["peak"]), None),
+QUANTITIES = (
+    Quantity(
+        "Time of a step",
+        "time / dense (median, p20 to p80)",
+        lambda row, dense: float(row["ratio"]),
+        _time_spread,
+    ),
+    Quantity(
+        "Peak memory of a step",
+        "peak / dense",
+        lambda row, dense: float(row["peak"]) / float(dense["peak"]),
+    ),
 )
 
 
@@ -154,8 +181,7 @@ def layers_figure(found: Mapping[str, Any]) -> Any | None:
     panels[0].set_ylim(len(groups) - 0.4, -0.6)
     panels[0].set_title("Kept for backward")
     panels[1].set_title("Operations of backward")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    legend_below(figure, panels[0])
     return figure
 
 

@@ -25,6 +25,7 @@ from sparse_bwd.measure.bench.strategies import DENSE, STRATEGIES
 from sparse_bwd.measure.energy import EnergyMeter
 from sparse_bwd.measure.kernels import precision
 from sparse_bwd.measure.meter import WARM, Meter, meter_for, quantiles
+from sparse_bwd.measure.step import synchronise
 from sparse_bwd.measure.training_step import TrainingStep
 from sparse_bwd.memory import peak_bytes, saved_bytes
 from sparse_bwd.memory.events import record
@@ -159,8 +160,7 @@ def _energy(asked: Asked, step: TrainingStep, ms: float, sys: Path) -> float | N
     def work() -> None:
         for _ in range(count):
             step.step()
-        if step.variant.x.is_cuda:  # pragma: no cover -- needs CUDA
-            torch.cuda.synchronize()
+        synchronise(step.variant.x.device)
         time.sleep(0.01)  # counters lag by some ms
 
     joules = meter.joules(work)

@@ -6,13 +6,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import sparse_bwd as sb
 from sparse_bwd.measure.bench.asked import Asked, Case, amount
 from sparse_bwd.measure.bench.made import Gradients, Made, Pair, head_of, setting_of, step_of
-from sparse_bwd.measure.step import LAYOUTS, Variant, build, variant_of
+from sparse_bwd.measure.step import LAYOUTS, Variant, build, synchronise, variant_of
 from sparse_bwd.nn import SparseConv2d, SparseLinear
 from sparse_bwd.selection import Policy, noise_images
 
@@ -79,10 +78,10 @@ def _second_round(asked: Asked, policy: Policy, variant: Variant) -> float:
     step.renew_optimizer()
     for _ in range(STEPS):
         step.step()
+    synchronise(variant.x.device)
     started = time.perf_counter()
     policy.step(step.optimizer)
-    if variant.x.is_cuda:  # pragma: no cover -- needs CUDA
-        torch.cuda.synchronize()
+    synchronise(variant.x.device)
     taken = (time.perf_counter() - started) * 1e3
     variant.model.load_state_dict(before)
     return taken
