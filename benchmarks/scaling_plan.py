@@ -38,6 +38,14 @@ class Life:
         self.optimizer: torch.optim.Optimizer | None = None
 
     def choosing(self) -> Parts:
+        """From `convert` to `restore`, without what runs fake steps."""
+        return {**self._between(), "restore": self._restore}
+
+    def planning(self) -> Parts:
+        """`choosing` with a prediction."""
+        return {**self._between(), "predict": self._predict, "restore": self._restore}
+
+    def _between(self) -> Parts:
         """All policies under a budget of a tenth of the weights, `apply` with an optimizer, and what they save."""
         makers: dict[str, Callable[[], Policy]] = {
             "random": lambda: sb.RandomPolicy(self.model, self._weights()),
@@ -57,16 +65,13 @@ class Life:
             "state_dict": self._state,
         }
 
-    def planning(self) -> Parts:
-        """`choosing`, and what follows a whole step on fake tensors."""
-        return {**self.choosing(), "predict": self._predict, "restore": self._restore}
-
     def budgets(self) -> Parts:
-        """A budget of bytes: the middle between training nothing and training all."""
+        """A budget of bytes, the middle between training nothing and training all, and one prediction."""
         return {
             "": self._prepare_bytes,
             "random, bytes": partial(self._step, "random", lambda: sb.RandomPolicy(self.model, self.bytes)),
-            "velocity, bytes": lambda: self._velocity_bytes(),
+            "velocity, bytes": self._velocity_bytes,
+            "predict": self._predict,
         }
 
     def measuring(self) -> Parts:
@@ -175,12 +180,12 @@ def _on_cpu(weights: int) -> Life:
 PLANS = {
     "weights": Plan("weights of the network", (10**4, 10**5, 10**6, 10**7, 10**8, 10**9), (10**4, 10**5, 10**6),
                     lambda n: Life(networks.on_meta(*networks.of_weights(n)), 8), Life.planning, 5),
-    "layers": Plan("convolutions", (16, 32, 64, 128, 256, 512), (4, 8, 16),
-                   lambda n: Life(networks.on_meta(8, n - 1), 4), Life.planning, 3),
+    "layers": Plan("convolutions", (16, 32, 64, 128, 256, 512, 1024), (4, 8, 16),
+                   lambda n: Life(networks.on_meta(8, n - 1), 4), Life.choosing, 9),
     "channels": Plan("channels of the network", (1200, 12_000, 120_000, 1_200_000), (12, 120, 1200),
                      lambda n: Life(networks.on_meta(n // 12, 11, kernel=1), 4), Life.choosing, 5),
     "bytes": Plan("convolutions", (8, 16, 32, 64, 128, 256), (3, 4, 6),
-                  lambda n: Life(networks.on_meta(8, n - 1), 4), Life.budgets, 2),
+                  lambda n: Life(networks.on_meta(8, n - 1), 4), Life.budgets, 1),
     "velocity": Plan("weights of the network", (10**4, 10**5, 10**6, 10**7), (10**3, 10**4, 10**5),
                      _on_cpu, Life.measuring, 7),
 }  # fmt: skip
@@ -191,7 +196,10 @@ UNSORTED = (
 
 
 def run(plan: Plan, quick: bool) -> Json:
-    """Time the lives in interleaved rounds; the first, in which operators are measured and classes read, is dropped."""
+    """Time the lives in interleaved rounds; the first, in which operators are measured and classes read, is dropped.
+
+    What is fitted is the 20th percentile: single calls of a few milliseconds, which a busy machine only lengthens.
+    """
     values, meter = plan.quick if quick else plan.values, Meter(1)
     samples: dict[str, list[list[float]]] = {}
     for number in range(1 if quick else plan.rounds + 1):
@@ -209,5 +217,5 @@ def run(plan: Plan, quick: bool) -> Json:
 
 def _fitted(name: str, values: tuple[int, ...], times: list[list[float]]) -> Json:
     limit = LINEAR if name in UNSORTED else SORTING
-    fit = power(values, [row[1] for row in times])
+    fit = power(values, [row[0] for row in times])
     return {**fit.__dict__, "limit": limit, "ok": fit.within(limit)}

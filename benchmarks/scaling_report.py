@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend is chosen first: no display is needed
+from matplotlib.ticker import NullLocator
 
 from benchmarks.figures import save
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
@@ -30,8 +31,8 @@ SHOWN = {
     "round of velocity": ("P", "#00204d", "round of velocity"),
 }
 TITLES = {
-    "weights": "planning: weights", "layers": "planning: layers", "channels": "planning: channels",
-    "bytes": "budget in bytes: layers", "velocity": "velocity, measured: weights",
+    "weights": "weights, on meta", "layers": "layers, on meta", "channels": "channels, on meta",
+    "bytes": "fake steps, on meta", "velocity": "weights, measured",
 }  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def page(record: Json) -> str:
     faster = "; ".join(record["faster"])
     parts = [
         "# How time and memory grow",
-        f"Times are medians of {record['rounds']} interleaved rounds on one thread; operators: "
+        f"Times of steps are medians of {record['rounds']} interleaved rounds on one thread; operators: "
         f"{record['implementation']}. Exponents are slopes of log y against log x by least squares, with their "
         "standard error, on the upper part of the range: from the first point from which on y is three times its first "
         "value, at least the last three points. `benchmarks/scaling.py` has the networks and the formulas."
@@ -120,35 +121,42 @@ def _plan(name: str, plan: Json) -> str:
     ]
     for operation, times in plan["times"].items():
         fit = plan["fits"][operation]
-        cells = " | ".join(f"{times[i][1]:.3g}" for i in shown)
+        cells = " | ".join(f"{times[i][0]:.3g}" for i in shown)
         lines.append(f"| {operation} | {cells} | {_cell(fit)} | {fit['limit']} |")
-    return "\n".join([*lines, "", f"Against {plan['label']}."])
+    return "\n".join([*lines, "", f"Against {plan['label']}; 20th percentiles."])
 
 
 def draw(record: Json, path: Path) -> None:
     """Steps in two rows, time and memory; below what happens between them."""
     steps, plans = record["steps"], record["plans"]
-    across = max(len(steps), 1)
     with plt.rc_context({**STYLE, "font.size": 8, "axes.titlesize": 9, "lines.markersize": 4}):
-        figure = plt.figure(figsize=(WIDTH_INCHES, 8.2))
-        above, below = figure.subfigures(2, 1, height_ratios=[5, 3.4])
+        figure = plt.figure(figsize=(WIDTH_INCHES, 8.6))
+        above, below = figure.subfigures(2, 1, height_ratios=[5, 3.5])
         if steps:
-            panels = above.subplots(2, across, squeeze=False, sharex="col", sharey="row")
+            panels = above.subplots(2, len(steps), squeeze=False, sharex="col", sharey="row")
             for place, (name, sweep) in enumerate(steps.items()):
                 _time(panels[0, place], name, sweep)
                 _memory(panels[1, place], sweep)
             panels[0, 0].set_ylabel("time of a step (ms)")
             panels[1, 0].set_ylabel("memory of a step (MiB)")
-            handles, labels = panels[1, 0].get_legend_handles_labels()
-            above.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
+            _legend(above, panels[1], 6, "outside upper center")
+            above.align_ylabels()
         if plans:
             lower = below.subplots(1, len(plans), squeeze=False, sharey=True)[0]
             for panel, (name, plan) in zip(lower, plans.items(), strict=True):
                 _between(panel, name, plan)
-            lower[0].set_ylabel("time (ms)")
-            named = {label: h for p in lower for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
-            below.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
+            lower[0].set_ylabel("time between steps (ms)")
+            _legend(below, lower, 5, "outside lower center")
         save(figure, path)
+
+
+def _legend(figure: Any, panels: Any, columns: int, where: str) -> None:
+    """One legend for all panels, each label once."""
+    named: dict[str, Any] = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        named.update(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc=where, ncols=columns, frameon=False, columnspacing=1.2)
 
 
 def _time(panel: Any, name: str, sweep: Json) -> None:
@@ -157,58 +165,71 @@ def _time(panel: Any, name: str, sweep: Json) -> None:
         panel.fill_between(sweep["x"], low, high, color=colour, alpha=0.2, linewidth=0)
         panel.plot(sweep["x"], middle, marker=marker, color=colour, label=label)
     if "floor" in sweep.get("limits", {}):
-        panel.axhline(sweep["limits"]["floor"], color="black", linestyle=":", linewidth=1)
-        panel.annotate("forward + dx", (0.5, sweep["limits"]["floor"]), xycoords=("axes fraction", "data"),
-                       xytext=(0, -3), textcoords="offset points", va="top", ha="center", fontsize=7)  # fmt: skip
+        floor = sweep["limits"]["floor"]
+        panel.axhline(floor, color="black", linestyle=":", linewidth=1)
+        where = {
+            "xycoords": ("axes fraction", "data"),
+            "textcoords": "offset points",
+            "va": "top",
+            "ha": "right",
+        }
+        panel.annotate("dotted: forward\nand dx alone", (0.97, floor), xytext=(0, -14), fontsize=7, **where)
     panel.set_title(name)
-    _style(panel, _exponents(sweep, "time", "$t$"))
+    _style(panel, sweep["x"], _exponents(sweep, "time"))
 
 
 def _memory(panel: Any, sweep: Json) -> None:
     for variant, (marker, colour, label) in LOOKS.items():
-        rows = sweep[variant]
+        peak, saved, predicted = (
+            [row[key] / MIB for row in sweep[variant]] for key in ("peak", "saved", "predicted")
+        )
+        panel.plot(sweep["x"], peak, marker=marker, color=colour, label=f"{label}, peak")
+        panel.plot(sweep["x"], saved, linestyle="--", color=colour, label=f"{label}, saved")
         panel.plot(
             sweep["x"],
-            [row["peak"] / MIB for row in rows],
-            marker=marker,
-            color=colour,
-            label=f"{label}, peak",
+            predicted,
+            marker="+",
+            markersize=8,
+            linestyle="",
+            color="black",
+            label="predicted peak",
         )
-        panel.plot(
-            sweep["x"],
-            [row["saved"] / MIB for row in rows],
-            linestyle="--",
-            color=colour,
-            label=f"{label}, saved",
-        )
-        panel.plot(sweep["x"], [row["predicted"] / MIB for row in rows], marker="+", markersize=8, linestyle="",
-                   color="black", label="predicted peak" if variant == "dense" else None)  # fmt: skip
-    panel.set_xlabel(sweep["label"].replace(" (", "\n(").replace(", ", "\n"))
-    _style(panel, _exponents(sweep, "peak", "peak"))
+    panel.set_xlabel(sweep["label"].replace(", ", ",\n"))
+    _style(panel, sweep["x"], _exponents(sweep, "peak"))
 
 
-def _exponents(sweep: Json, quantity: str, word: str) -> str:
-    return (
-        "\n".join(f"{variant} {sweep['fits'][variant][quantity]['exponent']:.2f}" for variant in LOOKS)
-        + f"\nformula {sweep['expected'][quantity]}"
-    )
+def _exponents(sweep: Json, quantity: str) -> str:
+    """Words for a corner: the fitted exponents, and the largest by the formulas."""
+    lines = [f"{variant} {sweep['fits'][variant][quantity]['exponent']:.2f}" for variant in LOOKS]
+    return "\n".join([*lines, f"formula ≤ {sweep['expected'][quantity]}"])
 
 
 def _between(panel: Any, name: str, plan: Json) -> None:
     for operation, (marker, colour, label) in SHOWN.items():
         if operation in plan["times"]:
-            middle = [row[1] for row in plan["times"][operation]]
-            panel.plot(plan["x"], middle, marker=marker, color=colour, label=label)
-    panel.set_title(TITLES[name].replace(": ", ":\n"))
+            values = [row[0] for row in plan["times"][operation]]
+            panel.plot(plan["x"], values, marker=marker, color=colour, label=label)
+    panel.set_title(TITLES[name])
     panel.set_xlabel(plan["label"].replace(" of ", "\nof "))
-    steepest = max(plan["fits"].values(), key=lambda fit: fit["exponent"])
-    _style(panel, f"steepest {steepest['exponent']:.2f}")
+    steepest = max(fit["exponent"] for fit in plan["fits"].values())
+    _style(panel, plan["x"], f"steepest {steepest:.2f}")
 
 
-def _style(panel: Any, text: str) -> None:
-    """Both axes logarithmic, a light grid, and the exponents where the lines do not run."""
+def _style(panel: Any, x: Sequence[int], text: str) -> None:
+    """Both axes logarithmic, a light grid, few ticks, and the exponents where the lines do not run."""
     panel.set_xscale("log")
     panel.set_yscale("log")
+    ticks = [x[0], x[len(x) // 2], x[-1]]
+    panel.set_xticks(ticks, [_size(value) for value in ticks])
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.grid(color="#e4e4e4", linewidth=0.6)
     panel.set_axisbelow(True)
-    panel.text(0.05, 0.97, text, transform=panel.transAxes, va="top", fontsize=7, linespacing=1.25)
+    panel.text(0.04, 0.98, text, transform=panel.transAxes, va="top", fontsize=7, linespacing=1.25)
+
+
+def _size(value: int) -> str:
+    """A tick's words: 1024, 1.2M, a power of ten."""
+    if value < 10_000:
+        return str(value)
+    digits = len(str(value)) - 1
+    return f"$10^{{{digits}}}$" if value == 10**digits else f"{value / 10**6:g}M"

@@ -72,10 +72,10 @@ SWEEPS = {
                   _expected(2, 2, 2), (4, 8, 16)),
     "depth": Sweep("convolutions", (3, 5, 9, 17, 33, 65), lambda n: Point(batch=4, size=16, blocks=n - 1),
                    _expected(1, 1, 1), (2, 3, 5)),
-    "width": Sweep("channels of a layer, C", (16, 32, 64, 128, 256),
+    "width": Sweep("channels C of a layer", (16, 32, 64, 128, 256),
                    lambda n: Point(batch=4, size=16, width=n, blocks=4, selected=n // 8),
                    _expected(2, 1, 2), (8, 16, 32)),
-    "selected": Sweep("trained channels of 128, k", (1, 2, 4, 8, 16, 32, 64, 128),
+    "selected": Sweep("trained channels k, of 128", (1, 2, 4, 8, 16, 32, 64, 128),
                       lambda n: Point(batch=4, size=16, width=128, blocks=4, selected=n, axis="in"),
                       _expected(1, 1, 1), (1, 2, 4), floor=True),
 }  # fmt: skip
