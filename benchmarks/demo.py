@@ -29,6 +29,7 @@ import sparse_bwd as sb
 from benchmarks import figures
 from benchmarks.digits import BATCH, Digits, digit_network
 from sparse_bwd.measure.machine import command_line, commit, machine
+from sparse_bwd.measure.timeline_figure import draw_timelines
 from sparse_bwd.selection import Policy, Scheme
 from sparse_bwd.training.files import write_json
 
@@ -287,7 +288,7 @@ def main() -> None:
     write_json(arguments.out / "demo-steps.json", steps)
     folder = arguments.figures or arguments.out
     figures.draw_accuracy(results["rows"], folder / "demo-accuracy.png")
-    figures.draw_timelines(steps["timelines"], folder / "demo-step.png")
+    draw_timelines(steps["timelines"], folder / "demo-step.png")
     console.print(table_of(results))
     console.print(
         f"{time.perf_counter() - start:.0f} s; results are in {arguments.out}/, figures in {folder}/"

@@ -5,13 +5,14 @@ from sparse_bwd.cli import (  # each adds its commands to the application
     doctor,
     explain,
     finetune,
+    profile,
     runs,
     search,
     tune,
 )
 from sparse_bwd.cli.common import app
 
-__all__ = ["app", "bench", "doctor", "explain", "finetune", "main", "runs", "search", "tune"]
+__all__ = ["app", "bench", "doctor", "explain", "finetune", "main", "profile", "runs", "search", "tune"]
 
 
 def main() -> None:

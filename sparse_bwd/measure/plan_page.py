@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
 from sparse_bwd.measure.plan import RULE, VERSION, Fit, Plan, Row
+from sparse_bwd.measure.text_table import aligned
 
 MIB, GIGA = 2**20, 1e9
 # From dark to light, so that the order of the kinds can be told in grey as well; hatches tell neighbours apart.
@@ -30,7 +30,6 @@ SUM = (
     "columns, which are not at their highest at the same time; predicted for this machine."
 )
 LEAST = 0.005  # of the largest layer: a bar too short to be seen
-WIDTH = 110  # of text that goes to no terminal
 
 
 def render(plan: Plan, width: int | None = None) -> str:
@@ -39,7 +38,7 @@ def render(plan: Plan, width: int | None = None) -> str:
     words, scale = ("B", 1) if unit == 1 else ("MiB", MIB)
     settings = ", ".join(f"{name} {value}" for name, value in plan.settings.items())
     cells = [_cells(row, scale) for row in [*plan.rows, plan.total]]
-    lines = [f"{settings}; sizes in {words}", "", _table(COLUMNS, cells, width), _whole(plan)]
+    lines = [f"{settings}; sizes in {words}", "", aligned(COLUMNS, cells, width), _whole(plan)]
     return "\n".join([*lines, "", SUM, TRANSIENT, *plan.notes])
 
 
@@ -75,7 +74,7 @@ def render_fits(
     lines = [
         f"Total {total / MIB:,.2f} MiB = network {network / MIB:,.2f} + {(total - network) / MIB:,.2f} for training; "
         "sizes in MiB.",
-        _table(columns, cells, width),
+        aligned(columns, cells, width),
         "Floor: needed with nothing selected. The input batch comes on top. A larger batch or an axis that is not "
         "listed does not fit.",
         RULE,
@@ -108,24 +107,6 @@ def _fit_cells(fit: Fit, network: int, best: bool) -> tuple[str, ...]:
     whole = "-" if fit.needed is None else f"{(network + fit.needed) / MIB:,.2f}"
     trained = (f"{fit.channels:,}", f"{fit.weights:,}", f"{fit.share:.1%}", f"{fit.flops / GIGA:.3f}")
     return f"{'* ' if best else ''}{fit.batch}", fit.axis, f"{fit.floor / MIB:,.2f}", needed, whole, *trained
-
-
-def _table(columns: Sequence[str], cells: Sequence[tuple[str, ...]], width: int | None) -> str:
-    """An aligned table, whose last row stands apart if it is a total."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1))
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("layer", "axis") else "right", no_wrap=True)
-    for row in cells:
-        if row[0] == "total":
-            table.add_section()
-        table.add_row(*row)
-    buffer = io.StringIO()
-    Console(file=buffer, width=width or WIDTH, highlight=False, markup=False).print(table)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines()) + "\n"
 
 
 def draw(plan: Mapping[str, Any], path: Path) -> None:

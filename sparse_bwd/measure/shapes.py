@@ -60,6 +60,16 @@ def trace(
         fake = copy.deepcopy(model)
     if prepare is not None:
         prepare(fake)
+
+    def forward() -> None:
+        with mode, torch.enable_grad():
+            fake(mode.from_tensor(example))
+
+    return calls_in(fake, forward)
+
+
+def calls_in(model: nn.Module, forward: Callable[[], object]) -> list[Call]:
+    """Calls of all leaf modules of a model while `forward` runs it; the hooks make chains run layer by layer."""
     calls: list[Call] = []
     alive: list[Tensor] = []  # a number names a storage only as long as the storage lives
 
@@ -71,11 +81,16 @@ def trace(
 
         return record
 
-    for name, module in fake.named_modules():
-        if not any(True for _ in module.children()):
-            module.register_forward_hook(hook(name))
-    with mode, torch.enable_grad():
-        fake(mode.from_tensor(example))
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if not any(True for _ in module.children())
+    ]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
     return calls
 
 

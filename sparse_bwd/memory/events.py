@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 MARK = "sparse_bwd.mark:"
+PART = "part "  # begins the kind of a mark that says which part of the run begins
 
 
 class EventsUnavailable(RuntimeError):
@@ -21,7 +22,8 @@ class EventsUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Event:
-    """An allocation (`nbytes` > 0), a release (< 0), or a mark set by `mark` (`kind` names it, 0 bytes).
+    """An allocation (`nbytes` > 0), a release (< 0), or a mark set by `mark` (`kind` names it, 0 bytes);
+    of a part that begins, `kind` is PART and its name.
 
     `time` is in ns; `address` is the block's, equal to the data pointer of the storage that lives in it.
     """
@@ -35,6 +37,12 @@ class Event:
 def mark(kind: str, tensor: torch.Tensor) -> None:
     """Leave a remark in the running recording: the storage of `tensor` is a `kind`."""
     with torch.profiler.record_function(f"{MARK}{kind}:{tensor.untyped_storage().data_ptr()}"):
+        pass
+
+
+def mark_part(name: str) -> None:
+    """Leave a remark in the running recording: a part of the run begins."""
+    with torch.profiler.record_function(f"{MARK}{PART}{name}:-1"):
         pass
 
 

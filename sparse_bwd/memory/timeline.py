@@ -5,14 +5,14 @@ are activations, what arrives in `.grad` is a gradient, what lies in `optimizer.
 The rest is transient: dx and dy, what operators need inside, the optimizer's intermediate results.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .events import Event, mark, record
+from .events import PART, Event, mark, mark_part, record
 from .saved import storage_key
 
 KINDS = ("parameter", "optimizer", "gradient", "activation", "transient")
@@ -22,11 +22,13 @@ KINDS = ("parameter", "optimizer", "gradient", "activation", "transient")
 class Timeline:
     """Allocated bytes per kind after each allocator event; all lists have one length.
 
-    `ms` counts from the first event. Kind "parameter" is constant: parameters and buffers of the model.
+    `ms` counts from the first event. Kind "parameter" is constant: parameters and buffers of the model. `parts`: when
+    each part of the step began, if it was run in parts.
     """
 
     ms: list[float]
     allocated: dict[str, list[int]]
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> list[int]:
@@ -41,13 +43,16 @@ class Timeline:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists for JSON; times in ms, sizes in bytes."""
-        return {"ms": self.ms, "bytes": self.allocated, "peak": self.peak}
+        parts = {"parts": self.parts} if self.parts else {}
+        return {"ms": self.ms, "bytes": self.allocated, "peak": self.peak, **parts}
 
 
 def timeline(
-    step: Callable[[], object], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    step: Callable[[], object] | Mapping[str, Callable[[], object]],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Timeline:
-    """Run `step` once (forward to `zero_grad`) and return what was allocated when, stacked by kind.
+    """Run `step` once (forward to `zero_grad`; or its parts by name, in order) and return what was allocated when.
 
     Gradients must be cleared before, since the release of an older block leaves no event.
     """
@@ -69,7 +74,10 @@ def timeline(
 
     def run() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            step()
+            for name, part in step.items() if isinstance(step, Mapping) else [("", step)]:
+                if name:
+                    mark_part(name)
+                part()
         for tensor in state_tensors(optimizer):
             mark("optimizer", tensor)
 
@@ -107,14 +115,17 @@ def stack(events: list[Event], start: dict[str, int]) -> Timeline:
     level = {kind: start.get(kind, 0) for kind in KINDS}
     ms, allocated = [0.0], {kind: [level[kind]] for kind in KINDS}
     origin = events[0].time if events else 0
+    parts: dict[str, float] = {}
     for event, kind in zip(events, kind_of, strict=True):
+        if event.kind.startswith(PART):
+            parts[event.kind[len(PART) :]] = (event.time - origin) / 1e6
         if event.nbytes == 0:
             continue
         level[kind] += event.nbytes
         ms.append((event.time - origin) / 1e6)
         for name in KINDS:
             allocated[name].append(level[name])
-    return Timeline(ms, allocated)
+    return Timeline(ms, allocated, parts)
 
 
 def _kinds_of_blocks(events: list[Event]) -> list[str]:

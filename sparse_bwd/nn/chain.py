@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from sparse_bwd.nn import ranges
 from sparse_bwd.nn.affine_act import IDENTITY, Activation, BatchNorm2d, activation_of, affine_act
 from sparse_bwd.nn.compact import CompactLayer, synchronise
 from sparse_bwd.nn.conv import SparseConv2d
@@ -145,23 +146,27 @@ def _run_block(block: list[list[nn.Module]], x: Tensor) -> Tensor:
 def _step(run: list[nn.Module]) -> Step:
     conv, norm = run[0], run[1] if len(run) > 1 else None
     assert isinstance(conv, SparseConv2d)
-    return Step(conv, norm if isinstance(norm, BatchNorm2d) else None, activation_of(run[-1]))
+    return Step(conv, norm if isinstance(norm, BatchNorm2d) else None, activation_of(run[-1]), run)
 
 
 def _run(run: list[nn.Module], x: Tensor) -> Tensor:
     """Run neighbours that are no convolution as one, or step by step where somebody looks on."""
-    if len(run) > 1 and not _any_watched(run):
-        first, act = run[0], activation_of(run[-1])
-        assert act is not None
-        if isinstance(first, BatchNorm2d):
-            return first.affine_act(x, act, inplace=False)
-        if isinstance(first, SparseLinear):
-            return affine_act(first(x), None, None, act, inplace=True)
+    if len(run) > 1 and not _any_watched(run) and isinstance(run[0], BatchNorm2d | SparseLinear):
+        return ranges.run_as_one(run, _run_pair, x, *run)
     if (reader := _reader(run)) is not None and x.dim() == 4:
         return _read_run(reader, run, x)
     for module in run:
         x = module(x)
     return x
+
+
+def _run_pair(x: Tensor, first: BatchNorm2d | SparseLinear, following: nn.Module) -> Tensor:
+    """A norm or a linear layer with the activation behind it."""
+    act = activation_of(following)
+    assert act is not None
+    if isinstance(first, BatchNorm2d):
+        return first.affine_act(x, act, inplace=False)
+    return affine_act(first(x), None, None, act, inplace=True)
 
 
 def _read_run(reader: OutputReader, run: list[nn.Module], x: Tensor) -> Tensor:

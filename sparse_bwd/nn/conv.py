@@ -184,7 +184,7 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         self.synchronise()
-        return run_steps(autocast_input(input), [Step(self, None, None)])
+        return run_steps(autocast_input(input), [Step(self, None, None, (self,))])
 
     def convolve(self, x: Tensor, norm: BatchNorm2d | None, act: Activation | None) -> Tensor:
         """The convolution, and the norm on running statistics and the activation behind it in place."""

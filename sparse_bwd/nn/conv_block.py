@@ -6,11 +6,13 @@ gradients between the layers of a block exist only while it runs. Only the nativ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparse_bwd.nn import ranges
 from sparse_bwd.nn.affine_act import Activation, BatchNorm2d
 from sparse_bwd.nn.function import refuse_second_order
 from sparse_bwd.ops.conv_chain import (
@@ -31,11 +33,15 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """A convolution, and what its output passes in place: a norm on running statistics, an activation."""
+    """A convolution, and what its output passes in place: a norm on running statistics, an activation.
+
+    `layers` are the modules that it stands for.
+    """
 
     conv: SparseConv2d
     norm: BatchNorm2d | None
     act: Activation | None
+    layers: Sequence[nn.Module]
 
 
 class ConvBlockFunction(torch.autograd.Function):
@@ -76,15 +82,22 @@ def run_steps(x: Tensor, steps: list[Step]) -> Tensor:
         x: [N, C_in, H, W].
     """
     if not (serves(x) and _are_served(steps, x)):
-        for conv, norm, act in steps:
-            x = conv.convolve(x, norm, act)
+        for conv, norm, act, layers in steps:
+            x = ranges.run_as_one(layers, conv.convolve, x, norm, act)
         return x
+    if ranges.listener is None:
+        return _run_block(x, steps)
+    return ranges.run_as_one([layer for step in steps for layer in step.layers], _run_block, x, steps)
+
+
+def _run_block(x: Tensor, steps: list[Step]) -> Tensor:
+    """Run all of them in one native call."""
     recording = torch.is_grad_enabled()
     needs_dx = recording and x.requires_grad
     block = Block([], [], [])
     kept: list[Tensor | None] = [None]
     trained: list[Tensor | None] = []
-    for conv, norm, act in steps:
+    for conv, norm, act, _ in steps:
         parts = conv.trained_tensors(norm)
         wants = DX if needs_dx else 0
         if recording:
@@ -116,7 +129,7 @@ def _are_served(steps: list[Step], x: Tensor) -> bool:
 
 def _is_served(step: Step, dtype: torch.dtype) -> bool:
     """Whether the native library knows the layer and its types."""
-    conv, norm, _ = step
+    conv, norm = step.conv, step.norm
     own = conv._parameters
     if not conv._numbers or any(p is not None and p.dtype is not dtype for p in own.values()):
         return False

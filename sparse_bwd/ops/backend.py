@@ -301,6 +301,11 @@ def in_triton() -> list[str]:
     return sorted(_in_triton)
 
 
+def in_cuda() -> list[str]:
+    """The operators that have kernels in the native library for CUDA, built here or not, by name."""
+    return sorted(name for name, devices in _served.items() if "cuda" in devices)
+
+
 def has_native(operator: str, device: str) -> bool:
     """Whether a loaded native library knows an operator on a device."""
     return device in _served[operator] and not _missing[device]

@@ -91,7 +91,7 @@ def explain_plan(asked: Question) -> plans.Plan:
     batch = make_batch(asked, asked.batch_size)
     with sentences(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        budget = _budget(asked, batch) if asked.spends else None
+        budget = make_budget(asked, batch) if asked.spends else None
         policy = make_policy(asked, model, budget, asked.resolved_axis)
         policy.step()
         notes = [LATER] if asked.spends else []
@@ -167,7 +167,8 @@ def _layout(asked: Question) -> torch.memory_format:
     return torch.channels_last if asked.channels_last else torch.contiguous_format
 
 
-def _budget(asked: Question, batch: Tensor) -> sb.Budget:
+def make_budget(asked: Question, batch: Tensor) -> sb.Budget:
+    """The budget that was asked for; of bytes or operations it is one of steps on such a batch."""
     amount: dict[str, Any] = dict(parse_budget(asked.budget))
     if not {"bytes", "flops"} & set(amount):
         return sb.Budget(**amount)

@@ -36,8 +36,8 @@ class Launch:
 class _Recorder:
     """What is written down, and from which configurations."""
 
-    def __init__(self, architecture: str, chosen: Config | None) -> None:
-        self.architecture, self.chosen = architecture, chosen
+    def __init__(self, architecture: str, chosen: Config | None, must: bool) -> None:
+        self.architecture, self.chosen, self.must = architecture, chosen, must
         self.table: str | None = None
         self.launches: list[Launch] = []
 
@@ -46,13 +46,14 @@ _recorder: _Recorder | None = None
 
 
 @contextmanager
-def recorded(architecture: str, chosen: Config | None = None) -> Iterator[list[Launch]]:
+def recorded(architecture: str, chosen: Config | None = None, must: bool = True) -> Iterator[list[Launch]]:
     """Inside, launches are written down as they would be on an architecture ("sm_90"), and nothing runs.
 
-    `chosen`: the configuration to take in place of what the table says.
+    `chosen`: the configuration to take in place of what the table says; `must`: also where the table would leave the
+    call to others.
     """
     global _recorder
-    before, _recorder = _recorder, _Recorder(architecture, chosen)
+    before, _recorder = _recorder, _Recorder(architecture, chosen, must)
     try:
         yield _recorder.launches
     finally:
@@ -64,7 +65,7 @@ def config(table: str, x: Tensor, **sizes: float) -> Config | None:
     if _recorder is None:
         return tuning.config(table, backend.architecture(x.device), backend.is_forced("triton"), **sizes)
     _recorder.table = table
-    return _recorder.chosen or tuning.config(table, _recorder.architecture, True, **sizes)
+    return _recorder.chosen or tuning.config(table, _recorder.architecture, _recorder.must, **sizes)
 
 
 def launch(
