@@ -469,7 +469,7 @@ def test_kernels_that_other_operators_launch_are_said() -> None:
     [
         (["--model", "mobilenet_v3"], "There is no model called 'mobilenet_v3'; the nearest names are"),
         (["--device", "cuda"], "There is no GPU that this PyTorch can use; take --device cpu."),
-        (["--device", "mps"], "A step can be profiled on cpu and cuda, not on mps."),
+        (["--device", "mps"], "Time and memory can be measured on cpu and cuda, not on mps."),
         (["--device", "qpu"], "There is no device called 'qpu'"),
         (["--dtype", "fp8"], "There is no dtype called 'fp8'"),
         (["--dtype", "tf32"], "The dtype tf32 is one of GPUs"),

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from sparse_bwd.measure.training_step import DTYPES
 from sparse_bwd.memory.predict import OPTIMIZERS
 from sparse_bwd.training.config import AXES, parse_budget
+from sparse_bwd.training.devices import check_present, measurable
 from sparse_bwd.training.errors import UserError, unknown
 from sparse_bwd.training.recipe import BATCH_NORM
 
@@ -51,7 +50,8 @@ class Asked:
         ):
             if word not in known:
                 raise unknown(kind, word, known)
-        _check_device(self.device, self.dtype)
+        measurable(self.device, self.dtype)
+        check_present(self.device)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -137,17 +137,3 @@ def middle(budgets: Sequence[str]) -> str:
             "The alternatives need a budget of weights to spend: name one with --alternatives-at, as in 1/8."
         )
     return sorted(parts, key=lambda budget: next(iter(amount(budget).values())))[(len(parts) - 1) // 2]
-
-
-def _check_device(device: str, dtype: str) -> None:
-    """UserError for a device that is not there or that cannot be measured."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise unknown("device", device, ("cpu", "cuda")) from None
-    if kind not in ("cpu", "cuda"):
-        raise UserError(f"Time and memory can be measured on cpu and cuda, not on {kind}.")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("There is no GPU that this PyTorch can use; take --device cpu.")
-    if kind == "cpu" and dtype == "tf32":
-        raise UserError("The dtype tf32 is one of GPUs; on cpu take fp32 or bf16.")

@@ -10,7 +10,8 @@ import torch
 
 from sparse_bwd.measure.step import Variant
 from sparse_bwd.measure.training_step import DTYPES, TrainingStep
-from sparse_bwd.training.errors import UserError, unknown
+from sparse_bwd.training.devices import check_present, measurable
+from sparse_bwd.training.errors import unknown
 from sparse_bwd.training.explain import Question, make_batch, make_budget, make_network, make_policy
 from sparse_bwd.training.prepare import sentences
 
@@ -26,14 +27,7 @@ class Asked:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, tuple(DTYPES))
-        try:
-            kind = torch.device(self.device).type
-        except RuntimeError:
-            raise unknown("device", self.device, ("cpu", "cuda")) from None
-        if kind not in ("cpu", "cuda"):
-            raise UserError(f"A step can be profiled on cpu and cuda, not on {kind}.")
-        if kind == "cpu" and self.dtype == "tf32":
-            raise UserError("The dtype tf32 is one of GPUs; on cpu take fp32 or bf16.")
+        measurable(self.device, self.dtype)
 
     @property
     def on_gpu(self) -> bool:
@@ -41,8 +35,7 @@ class Asked:
 
     def check_device(self) -> None:
         """UserError if a GPU is asked for where there is none."""
-        if self.on_gpu and not torch.cuda.is_available():
-            raise UserError("There is no GPU that this PyTorch can use; take --device cpu.")
+        check_present(self.device)
 
     def words(self) -> list[str]:
         """The options of `sparse-bwd profile` that ask the same; defaults are left out."""
