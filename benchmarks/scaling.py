@@ -15,7 +15,8 @@ k is what grows. Dense is plain PyTorch. By the formulas, in GEMMs of a layer (2
 Between steps (`scaling_plan.py`): convert, every policy, apply, predict, state and restore on networks of 10^4 to 10^9
 weights, of many layers and of many channels, on the meta device; a round of velocity on the CPU. Nothing may grow
 faster than its size: an exponent passes up to 1.1 or, where channels are sorted, n log n, up to 1.2, and its standard
-error beyond that.
+error beyond that. PyTorch's own walk over the modules grows faster than they do, since the objects of a large network
+leave the cache: by as much more passes.
 
 An exponent is the slope of log y against log x by least squares on the upper part of the range: from the first point
 from which on y is three times its first value, at least the last three points. Exit status 1: something grows faster.

@@ -40,7 +40,7 @@ class Meter:
 
         Args:
             cold: time the work on the device alone, every call with its inputs out of the cache; else from the start
-                of a call to the end of its work, as it comes.
+                of a call on the host to the end of its work.
         """
         taken = self.samples({name: {"": call} for name, call in calls.items()}, cold)
         return {name: quantiles(parts[""]) for name, parts in taken.items()}
@@ -86,8 +86,8 @@ class Meter:
 class CudaMeter(Meter):
     """Times by CUDA events.
 
-    Where the device's work alone counts, a kernel that only waits gives the host the time to queue a round, so that the
-    device never waits for it, and before every call a buffer of four times the size of the L2 is read.
+    Before every call a buffer of four times the size of the L2 is read. Where the device's work alone counts, a kernel
+    that only waits gives the host the time to queue a round, so that the device never waits for it.
     """
 
     def __init__(self, rounds: int) -> None:
@@ -102,14 +102,13 @@ class CudaMeter(Meter):
             torch.cuda._sleep(HEAD_START * len(calls))
         for name, parts in calls.items():
             marks = events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
-            if cold:
-                torch.sum(self.flush, 0, out=self.sink)
+            torch.sum(self.flush, 0, out=self.sink)
+            if not cold:
+                torch.cuda.synchronize()  # what the host takes to start the work is part of it
             marks[0].record()
             for mark, call in zip(marks[1:], parts.values(), strict=True):
                 call()
                 mark.record()
-            if not cold:
-                torch.cuda.synchronize()
         torch.cuda.synchronize()
         return {
             name: {
