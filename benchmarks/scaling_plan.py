@@ -6,6 +6,7 @@ the real ones is what the sweep "velocity" times, on the CPU.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -201,13 +202,20 @@ def run(plan: Plan, quick: bool) -> Json:
     """Time the lives in interleaved rounds; the first, in which operators are measured and classes read, is dropped.
 
     What is fitted is the 20th percentile: single calls of a few milliseconds, which a busy machine only lengthens.
+    Garbage is collected between lives, not within, as `timeit` does.
     """
     values, meter = plan.quick if quick else plan.values, Meter(1)
     samples: dict[str, list[list[float]]] = {}
     for number in range(1 if quick else plan.rounds + 1):
         for place, n in enumerate(values):
             parts = plan.parts(plan.made(n))
-            for name, ms in meter.round({n: parts}, cold=False)[n].items():
+            gc.collect()
+            gc.disable()
+            try:
+                times = meter.round({n: parts}, cold=False)[n]
+            finally:
+                gc.enable()
+            for name, ms in times.items():
                 taken = samples.setdefault(name, [[] for _ in values])
                 if quick or number:
                     taken[place].append(ms)
