@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.step import write
 from sparse_bwd.measure.bench.asked import Asked, Words, cases
-from sparse_bwd.measure.bench.figures import QUANTITIES, draw_budget, legend_below, measured
+from sparse_bwd.measure.bench.figures import draw_budget, legend_below, measured, quantities
 from sparse_bwd.measure.bench.report import CAPTION, markdown, title
 from sparse_bwd.measure.bench.run import run
 from sparse_bwd.measure.bench.strategies import ALTERNATIVES, STRATEGIES
@@ -87,10 +87,11 @@ def draw(records: Mapping[str, Any], path: Path) -> None:
         figure, rows = plt.subplots(
             2, len(records), sharex="col", sharey=True, squeeze=False, figsize=(WIDTH_INCHES, 4.2)
         )
-        for panels, quantity in zip(rows, QUANTITIES, strict=True):
-            for panel, found in zip(panels, records.values(), strict=True):
+        for column, found in zip(rows.T, records.values(), strict=True):
+            for panel, quantity in zip(column, quantities(found), strict=True):
                 draw_budget(panel, found, quantity)
-            panels[0].set_ylabel(f"{quantity.axis.split(' (')[0]}")
+        for panel, label in zip(rows[:, 0], ("time / dense", "peak / dense"), strict=True):
+            panel.set_ylabel(label)
         for panel, name in zip(rows[0], records, strict=True):
             panel.set_title(NETWORKS[name].title)
         figure.supxlabel("budget: share of the weights", fontsize=10)

@@ -210,12 +210,30 @@ def test_a_crash_is_a_cell() -> None:
     )
 
 
-def test_without_dense_there_is_nothing_to_compare() -> None:
+def test_without_a_dense_there_is_nothing_to_be_right_by() -> None:
     def fails(*_: Any) -> dict[str, Any]:
-        return {"error": "out of memory"}
+        return {"error": "ValueError: no"}
 
-    with pytest.raises(UserError, match=r"Dense .* cannot be measured: out of memory"):
+    with pytest.raises(UserError, match=r"Dense .* cannot be measured: ValueError: no"):
         processes.run_all(TINY, [Case("dense")], 1, lambda rows: None, fails)
+
+
+def test_where_dense_has_no_room(tmp_path: Path) -> None:
+    """Others are measured without it, their gradients compared on a part of the batch."""
+
+    def here(wanted: Asked, case: Case, layout: str, seconds: float) -> dict[str, Any]:
+        row = {**vars(case), "name": case.name, "error": None}
+        if case.strategy == "dense":
+            return row | {"error": processes.NO_MEMORY}
+        assert layout == one.NO_DENSE
+        return row | one.measure(wanted, case, layout)
+
+    words = Words(("0", "1/4"), ("random",), alternatives=("masked", "checkpoint"))
+    found = run.run(TINY, cases(words), tmp_path, 60, run_one=here)
+    assert [row["error"] for row in found["rows"]] == ["out of memory", *[None] * 4]
+    assert all(row["ratio"] is None and row["checked"] for row in found["rows"][1:])
+    assert "time of a step (ms)" in (tmp_path / "bench.html").read_text()
+    assert "dense: out of memory" in report.render(found)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ def aligned(columns: Sequence[str], cells: Sequence[tuple[str, ...]], width: int
 
     table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1))
     for name in columns:
-        table.add_column(name, justify="left" if name in ("layer", "axis") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("axis", "case", "layer") else "right", no_wrap=True)
     for row in cells:
         if row[0] == "total":
             table.add_section()

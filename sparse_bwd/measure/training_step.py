@@ -56,12 +56,12 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
 
-    def loss(self) -> Tensor:
-        """Forward and loss."""
+    def loss(self, images: int | None = None) -> Tensor:
+        """Forward and loss, of the first `images` alone or of all."""
         self._batches.append(self._batches.pop(0))
         x, low = self._batches[-1], DTYPES[self.dtype]
         with torch.autocast(x.device.type, low, enabled=low is not None):
-            return F.cross_entropy(self.forward(x), self.variant.y)
+            return F.cross_entropy(self.forward(x[:images]), self.variant.y[:images])
 
     def run_forward(self) -> None:
         """Forward and loss, kept for `run_backward`."""

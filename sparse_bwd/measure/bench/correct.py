@@ -24,9 +24,9 @@ class Wrong(AssertionError):
     """A strategy computes something else than dense PyTorch."""
 
 
-def gradients_of(step: TrainingStep) -> tuple[float, Gradients]:
-    """Loss and gradients of a plain network, by the names of its parameters."""
-    loss = _backward(step)
+def gradients_of(step: TrainingStep, images: int | None = None) -> tuple[float, Gradients]:
+    """Loss and gradients of a plain network, by the names of its parameters, on the first `images` or all."""
+    loss = _backward(step, images)
     found = {
         name: parameter.grad
         for name, parameter in step.variant.model.named_parameters()
@@ -36,13 +36,13 @@ def gradients_of(step: TrainingStep) -> tuple[float, Gradients]:
     return loss, found
 
 
-def check(made: Made, right: tuple[float, Gradients]) -> int:
-    """Compare; the number of gradients that agree.
+def check(made: Made, right: tuple[float, Gradients], images: int | None = None) -> int:
+    """Compare with what `gradients_of` gave for as many images; the number of gradients that agree.
 
     Raises:
         Wrong: a gradient or the loss is another one, or not finite, or nothing is trained.
     """
-    loss = _backward(made.step)
+    loss = _backward(made.step, images)
     tolerance = TOLERANCE[made.step.dtype]
     if not abs(loss - right[0]) <= tolerance * abs(right[0]):
         raise Wrong(f"The loss is {loss:.6g}, and dense PyTorch's is {right[0]:.6g}.")
@@ -56,10 +56,10 @@ def check(made: Made, right: tuple[float, Gradients]) -> int:
     return len(pairs)
 
 
-def _backward(step: TrainingStep) -> float:
+def _backward(step: TrainingStep, images: int | None) -> float:
     """One forward and backward without scaling; the loss. Gradients stay."""
     step.variant.clear()
-    loss = step.loss()
+    loss = step.loss(images)
     loss.backward()
     if step.after_backward is not None:
         step.after_backward()

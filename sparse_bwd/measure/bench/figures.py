@@ -20,12 +20,12 @@ MOST_BARS = 24
 
 
 class Quantity(NamedTuple):
-    """What is drawn against the budget; `spread`: its lowest and highest value, from a row."""
+    """What is drawn against the budget; `values`: from a row the lowest, the middle and the highest value."""
 
     title: str
     axis: str
-    value: Callable[[Row, Row], float]
-    spread: Callable[[Row], tuple[float, float]] | None = None
+    values: Callable[[Row], tuple[float, ...]]
+    relative: bool
 
 
 def measured(found: Mapping[str, Any]) -> list[Row]:
@@ -46,11 +46,11 @@ def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def budget_figure(found: Mapping[str, Any]) -> Any:
-    """Time and peak against the budget, each over dense."""
+    """Time and peak against the budget, each over dense where dense has figures."""
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 3.3))
-    for panel, quantity in zip(panels, QUANTITIES, strict=True):
+    for panel, quantity in zip(panels, quantities(found), strict=True):
         draw_budget(panel, found, quantity)
         panel.set_xlabel("budget")
         panel.set_ylabel(quantity.axis)
@@ -60,20 +60,25 @@ def budget_figure(found: Mapping[str, Any]) -> Any:
 
 
 def draw_budget(panel: Any, found: Mapping[str, Any], quantity: Quantity) -> None:
-    """A quantity of ours over that of dense against the budget, a line for each policy."""
+    """A quantity of ours against the budget, a line for each policy."""
     rows = measured(found)
     budgets = list(dict.fromkeys(row["budget"] for row in rows if row["strategy"] == "ours"))
     for (label, line), (style, marker, colour) in zip(series(rows).items(), LINES * 3, strict=False):
         x = [budgets.index(row["budget"]) for row in line]
-        y = [quantity.value(row, rows[0]) for row in line]
+        y = [quantity.values(row)[1] for row in line]
         panel.plot(x, y, linestyle=style, marker=marker, color=colour, markersize=5, label=label)
-        if quantity.spread is not None:
-            low, high = zip(*map(quantity.spread, line), strict=True)
-            panel.vlines(x, low, high, color=colour, linewidth=1, alpha=0.5)
-    panel.axhline(1, color=DENSE, linewidth=1)
-    panel.annotate("dense", (0, 1), xytext=(0, 3), textcoords="offset points", fontsize=9)
+        panel.vlines(
+            x,
+            *zip(*(quantity.values(row)[::2] for row in line), strict=True),
+            color=colour,
+            linewidth=1,
+            alpha=0.5,
+        )
+    if quantity.relative:
+        panel.axhline(1, color=DENSE, linewidth=1)
+        panel.annotate("dense", (0, 1), xytext=(0, 3), textcoords="offset points", fontsize=9)
     panel.set_xticks(range(len(budgets)), budgets)
-    panel.set_ylim(0, max(1.15, panel.get_ylim()[1]))
+    panel.set_ylim(0, max(1.15 if quantity.relative else 0, panel.get_ylim()[1]))
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)
 
 
@@ -86,25 +91,24 @@ def legend_below(figure: Any, panel: Any) -> None:
         )
 
 
-def _time_spread(row: Row) -> tuple[float, float]:
-    """p20 and p80 over the median of dense in the same rounds."""
-    dense = row["dense_ms"]["step"][1]
-    return row["ms"]["step"][0] / dense, row["ms"]["step"][2] / dense
+def quantities(found: Mapping[str, Any]) -> tuple[Quantity, Quantity]:
+    """Time and peak of a step: over those of dense, or as they are where dense had no room."""
+    dense = found["rows"][0]
+    time, peak = "Time of a step", "Peak memory of a step"
+    if dense["error"]:
+        return (
+            Quantity(time, "time (ms; median, p20 to p80)", lambda row: tuple(row["ms"]["step"]), False),
+            Quantity(peak, "peak (MiB)", lambda row: (row["peak"] / MIB,) * 3, False),
+        )
+    return (
+        Quantity(time, "time / dense (median, p20 to p80)", _relative_time, True),
+        Quantity(peak, "peak / dense", lambda row: (row["peak"] / dense["peak"],) * 3, True),
+    )
 
 
-QUANTITIES = (
-    Quantity(
-        "Time of a step",
-        "time / dense (median, p20 to p80)",
-        lambda row, dense: float(row["ratio"]),
-        _time_spread,
-    ),
-    Quantity(
-        "Peak memory of a step",
-        "peak / dense",
-        lambda row, dense: float(row["peak"]) / float(dense["peak"]),
-    ),
-)
+def _relative_time(row: Row) -> tuple[float, ...]:
+    """p20, p50 and p80 over the median of dense in the same rounds."""
+    return tuple(ms / row["dense_ms"]["step"][1] for ms in row["ms"]["step"])
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -123,7 +127,8 @@ def pareto_figure(found: Mapping[str, Any]) -> Any:
     from matplotlib import pyplot as plt
 
     rows = measured(found)
-    points = [(row["peak"] / MIB, float(row["ratio"])) for row in rows]
+    time = quantities(found)[0]
+    points = [(row["peak"] / MIB, time.values(row)[1]) for row in rows]
     figure, panel = plt.subplots(figsize=(WIDTH_INCHES, 4.4))
     edge = front(points)
     panel.step(
@@ -147,7 +152,7 @@ def pareto_figure(found: Mapping[str, Any]) -> Any:
                 row["name"], point, xytext=(6, 4), textcoords="offset points", fontsize=8, color="#222222"
             )
     panel.set_xlabel("peak memory of a step (MiB)")
-    panel.set_ylabel("time of a step / dense")
+    panel.set_ylabel("time of a step / dense" if time.relative else "time of a step (ms)")
     panel.set_xlim(0, None)
     panel.set_ylim(0, None)
     panel.margins(x=0.12)
@@ -163,7 +168,7 @@ def layers_figure(found: Mapping[str, Any]) -> Any | None:
     rows = [row for row in measured(found) if row["parts"]]
     ours = [row for row in rows if row["strategy"] == "ours" and row["budget"] not in (NOTHING, EVERYTHING)]
     if not ours or rows[0]["strategy"] != "dense":
-        return None
+        return None  # nothing to put side by side
     mine = ours[len(ours) // 2]
     groups = grouped([*rows[0]["parts"]["flops"], *rows[0]["parts"]["saved"]])
     figure, panels = plt.subplots(1, 2, sharey=True, figsize=(WIDTH_INCHES, 1.4 + 0.26 * len(groups)))

@@ -35,6 +35,8 @@ from sparse_bwd.selection.flops import backward_flops
 from sparse_bwd.selection.limits import example_loss
 
 Row = dict[str, Any]
+NO_DENSE = "none"  # in place of dense's layout where dense does not fit into memory
+CHECKED_SHARE = 16  # of the batch, one part, is compared with dense where dense does not fit as a whole
 ENERGY_SECONDS = 2.0  # of steps between two readings of a counter
 
 
@@ -42,7 +44,8 @@ def measure(asked: Asked, case: Case, dense_layout: str = "", sys: Path = Path("
     """The row of a case.
 
     Args:
-        dense_layout: the faster one of dense; "" = find out, which the case "dense" does.
+        dense_layout: the faster one of dense; "" = find out, which the case "dense" does; NO_DENSE = there are no
+            figures of dense to compare with, and gradients are compared on a part of the batch.
         sys: where counters of energy are.
 
     Raises:
@@ -54,14 +57,16 @@ def measure(asked: Asked, case: Case, dense_layout: str = "", sys: Path = Path("
     with precision(asked.dtype):
         if case.strategy == DENSE and not dense_layout:
             dense_layout = faster_layout(asked, meter)
+        alone = dense_layout == NO_DENSE
+        images = max(1, asked.batch // CHECKED_SHARE) if alone else None
         layout = dense_layout if case.strategy == DENSE else asked.layout or dense_layout
-        right = gradients_of(_dense(asked, dense_layout).step)
+        right = gradients_of(_dense(asked, layout if alone else dense_layout).step, images)
         made = STRATEGIES[case.strategy].make(asked, case, layout)
-        checked = check(made, right)
+        checked = check(made, right, images)
         del right
         row = bytes_of(made, meter) | {"layout": layout, "dense_layout": dense_layout, "checked": checked}
         row |= {"flops": _flops(made), "parts": _parts(made, asked), **made.selection, **made.extra}
-        row |= times_of(asked, made, dense_layout, meter)
+        row |= times_of(made, None if alone else _dense(asked, dense_layout), meter)
         row["joules"] = _energy(asked, made.step, row["ms"]["step"][1], sys)
     row["images_per_s"] = float(f"{asked.batch / row['ms']['step'][1] * 1e3:.4g}")
     return row
@@ -120,12 +125,14 @@ def held_bytes(step: TrainingStep, meter: Meter) -> int:
     return held
 
 
-def times_of(asked: Asked, made: Made, dense_layout: str, meter: Meter) -> Row:
+def times_of(made: Made, dense: Made | None, meter: Meter) -> Row:
     """The case's parts beside those of dense, in the same rounds."""
-    calls = {"case": made.step.parts, "dense": _dense(asked, dense_layout).step.parts}
+    steps = {"case": made.step, **({} if dense is None else {"dense": dense.step})}
     gc.collect()
-    found = meter.samples(calls, cold=False)
+    found = meter.samples({name: step.parts for name, step in steps.items()}, cold=False)
     ms = {name: _with_whole(parts) for name, parts in found.items()}
+    if dense is None:
+        return {"ms": ms["case"], "dense_ms": None, "ratio": None}
     ratio = ms["case"]["step"][1] / ms["dense"]["step"][1]
     return {"ms": ms["case"], "dense_ms": ms["dense"], "ratio": float(f"{ratio:.4g}")}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_bwd.measure.bench.asked import Asked, Case
-from sparse_bwd.measure.bench.one import Row, measure
+from sparse_bwd.measure.bench.one import NO_DENSE, Row, measure
 from sparse_bwd.measure.bench.strategies import STRATEGIES
 from sparse_bwd.training.errors import UserError
 
@@ -77,19 +77,20 @@ def run_all(
 ) -> list[Row]:
     """The rows of all cases; `each` gets those that are there after every one.
 
-    The first case is dense, which finds its faster layout for all others.
+    The first case is dense, which finds its faster layout for all others. Where dense has no room, they go without.
 
     Raises:
-        UserError: dense PyTorch itself cannot be measured, so that there is nothing to compare with.
+        UserError: dense PyTorch fails for another reason than memory, so that there is nothing to be right by.
     """
     rows: list[Row] = []
     layout = ""
     for case in cases:
         rows.append(run(asked, case, layout, seconds))
         if not layout:
-            if rows[0]["error"]:
-                raise UserError(f"Dense {asked.model} cannot be measured: {rows[0]['error']}.")
-            layout = rows[0]["dense_layout"]
+            error = rows[0]["error"]
+            if error and not error.startswith(NO_MEMORY):
+                raise UserError(f"Dense {asked.model} cannot be measured: {error}.")
+            layout = NO_DENSE if error else rows[0]["dense_layout"]
         each(rows)
     return rows
 

@@ -11,13 +11,15 @@ from typing import Any
 
 from sparse_bwd.measure.bench.asked import Asked
 from sparse_bwd.measure.machine import command_line, commit, machine
+from sparse_bwd.measure.text_table import aligned
 
 Row = Mapping[str, Any]
 VERSION, MIB, GIGA = 1, 2**20, 1e9
 PARTS = ("forward", "backward", "optimizer", "step")
+WIDTH = 160  # of text that goes to no terminal
 COLUMNS = (
-    "case", "weights", "channels", "layers", "forward", "backward", "optimizer", "step ms", "/ dense", "saved", "peak",
-    "/ dense", "grads", "state", "GFLOPs", "images/s", "J",
+    "case", "weights", "channels", "layers", "forward", "backward", "optimizer", "step ms", "time / dense", "saved",
+    "peak", "peak / dense", "grads", "state", "GFLOPs", "images/s", "J",
 )  # fmt: skip
 CAPTION = (
     "Times are medians in ms, sizes MiB. Saved: kept from forward to backward. Peak: highest allocation of a step "
@@ -53,9 +55,11 @@ def title(found: Mapping[str, Any]) -> str:
     )
 
 
-def peak_ratio(row: Row, rows: Sequence[Row]) -> float:
-    """Peak over that of dense."""
-    return float(row["peak"]) / float(rows[0]["peak"])
+def over_dense(row: Row, rows: Sequence[Row]) -> list[str]:
+    """Time and peak over those of dense, which has no figures where it has no room."""
+    if rows[0]["error"]:
+        return ["-", "-"]
+    return [f"{row['ratio']:.2f}", f"{row['peak'] / rows[0]['peak']:.2f}"]
 
 
 def cells(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -64,14 +68,15 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
         return [row["name"], row["error"]]
     mib = [f"{row[key] / MIB:,.1f}" for key in ("saved", "peak", "gradients", "optimizer")]
     low, middle, high = row["ms"]["step"]
+    time, peak = over_dense(row, rows)
     return [
         row["name"],
         *(f"{row[key]:,}" if row.get(key) else "-" for key in ("weights", "channels", "layers")),
         *(f"{row['ms'][part][1]:.3g}" for part in PARTS[:-1]),
         f"{middle:.4g} ({low:.4g}-{high:.4g})",
-        f"{row['ratio']:.2f}",
+        time,
         *mib[:2],
-        f"{peak_ratio(row, rows):.2f}",
+        peak,
         *mib[2:],
         "-" if row["flops"] is None else f"{row['flops'] / GIGA:.2f}",
         f"{row['images_per_s']:.4g}",
@@ -81,23 +86,16 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
 
 def render(found: Mapping[str, Any], width: int | None = None) -> str:
     """For a terminal: a table without the columns that say the least, and a line for each case without figures."""
-    from rich.console import Console
-    from rich.table import Table
-
     rows = found["rows"]
-    shown = [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
-    table = Table(box=None, pad_edge=False, header_style="", padding=(0, 1))
-    for place in shown:
-        table.add_column(COLUMNS[place], justify="left" if place == 0 else "right", no_wrap=True)
-    for row in rows:
-        if not row["error"]:
-            every = cells(row, rows)
-            table.add_row(*(every[place] for place in shown))
-    buffer = io.StringIO()
-    Console(file=buffer, width=width or 150, highlight=False, markup=False).print(table)
-    lines = [line.rstrip() for line in buffer.getvalue().strip("\n").splitlines()]
+    complete = [cells(row, rows) for row in rows if not row["error"]]
+    shown = [COLUMNS.index(name) for name in COLUMNS if name not in ("channels", "layers", "J")]
+    table = aligned(
+        [COLUMNS[place] for place in shown],
+        [tuple(every[place] for place in shown) for every in complete],
+        width or WIDTH,
+    )
     failed = [f"{row['name']}: {row['error']}" for row in rows if row["error"]]
-    return "\n".join([title(found), "", *lines, "", *failed, CAPTION])
+    return "\n".join([title(found), "", table, *failed, CAPTION])
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -117,7 +115,7 @@ def flat(row: Row) -> dict[str, Any]:
 
 def _flat(row: Row) -> Iterator[tuple[str, Any]]:
     for key, value in row.items():
-        if key in ("ms", "dense_ms"):
+        if key in ("ms", "dense_ms") and value is not None:
             prefix = "" if key == "ms" else "dense_"
             for part in PARTS:
                 for quantile, ms in zip(("p20", "p50", "p80"), value[part], strict=True):
