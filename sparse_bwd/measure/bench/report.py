@@ -16,7 +16,7 @@ from sparse_bwd.measure.text_table import aligned
 Row = Mapping[str, Any]
 VERSION, MIB, GIGA = 1, 2**20, 1e9
 PARTS = ("forward", "backward", "optimizer", "step")
-WIDTH = 160  # of text that goes to no terminal
+WIDTH = 140  # of text that goes to no terminal
 COLUMNS = (
     "case", "weights", "channels", "layers", "forward", "backward", "optimizer", "step ms", "time / dense", "saved",
     "peak", "peak / dense", "grads", "state", "GFLOPs", "images/s", "J",
@@ -88,7 +88,8 @@ def render(found: Mapping[str, Any], width: int | None = None) -> str:
     """For a terminal: a table without the columns that say the least, and a line for each case without figures."""
     rows = found["rows"]
     complete = [cells(row, rows) for row in rows if not row["error"]]
-    shown = [COLUMNS.index(name) for name in COLUMNS if name not in ("channels", "layers", "J")]
+    hidden = ("channels", "layers", "optimizer", "state", "images/s", "J")
+    shown = [place for place, name in enumerate(COLUMNS) if name not in hidden]
     table = aligned(
         [COLUMNS[place] for place in shown],
         [tuple(every[place] for place in shown) for every in complete],
