@@ -50,12 +50,12 @@ def accuracy_table(record: dict[str, Any]) -> str:
 
 
 def bench_table(record: dict[str, Any]) -> str:
-    """Time and peak over dense of four networks, under lines that say what they are."""
+    """Time, peak and saved bytes over dense of four networks, under lines that say what they are."""
     asked, where = (next(iter(record["networks"].values()))[key] for key in ("asked", "machine"))
     place = where.get("gpu") or f"{asked['threads'] or where['threads']} CPU threads"
     return (
-        f"\nTime / peak of a whole step, each over dense PyTorch's in its faster layout, on {place}; random channels; "
-        f"all figures in [bench-{asked['device']}.md](benchmarks/results/bench-{asked['device']}.md):\n\n"
+        f"\nA whole training step, time / peak / saved bytes over those of dense PyTorch in its faster layout, on {place}; "
+        f'random channels on axis "out"; every row in [bench-{asked["device"]}.md](benchmarks/results/bench-{asked["device"]}.md):\n\n'
         f"{standard.table(record)}"
     )
 

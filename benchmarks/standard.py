@@ -26,6 +26,7 @@ from sparse_bwd.measure.bench.strategies import ALTERNATIVES, STRATEGIES
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
 
 VERSION = 1
+MIB = 2**20
 BUDGETS = ("0", "1/16", "1/4", "1")
 
 
@@ -101,7 +102,7 @@ def draw(records: Mapping[str, Any], path: Path) -> None:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """For the README: time and peak over dense PyTorch, by network and way of training."""
+    """For the README: time, peak and saved bytes over those of dense PyTorch, by network and way of training."""
     ways = {
         "nothing": ("ours", "0", "frozen"),
         "ours 1/16": ("ours", "1/16", "random"),
@@ -114,7 +115,7 @@ def table(record: Mapping[str, Any]) -> str:
         "LoRA 1/4": ("lora", "1/4", ""),
     }
     lines = [
-        f"| network: dense ms, peak MiB | {' | '.join(ways)} |",
+        f"| dense: ms, peak, saved MiB | {' | '.join(ways)} |",
         "|---|" + "--:|" * len(ways),
     ]
     for name, found in record["networks"].items():
@@ -123,10 +124,16 @@ def table(record: Mapping[str, Any]) -> str:
         cells = []
         for way in ways.values():
             row = by.get(way)
-            cells.append("-" if row is None else f"{row['ratio']:.2f} / {row['peak'] / dense['peak']:.2f}")
-        head = f"{NETWORKS[name].title}: {dense['ms']['step'][1]:.0f}, {dense['peak'] / 2**20:.0f}"
+            cells.append("-" if row is None else _cell(row, dense))
+        sizes = f"{dense['peak'] / MIB:.0f}, {dense['saved'] / MIB:.0f}"
+        head = f"{NETWORKS[name].title}: {dense['ms']['step'][1]:.0f}, {sizes}"
         lines.append(f"| {head} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    ratios = (row["ratio"], row["peak"] / dense["peak"], row["saved"] / dense["saved"])
+    return " / ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def main() -> None:
