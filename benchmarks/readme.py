@@ -53,11 +53,10 @@ def bench_table(record: dict[str, Any]) -> str:
     """Time, peak and saved bytes over dense of four networks, under lines that say what they are."""
     asked, where = (next(iter(record["networks"].values()))[key] for key in ("asked", "machine"))
     place = where.get("gpu") or f"{asked['threads'] or where['threads']} CPU threads"
-    return (
-        f"\nA whole training step, time / peak / saved bytes over those of dense PyTorch in its faster layout, on {place}; "
-        f'random channels on axis "out"; every row in [bench-{asked["device"]}.md](benchmarks/results/bench-{asked["device"]}.md):\n\n'
-        f"{standard.table(record)}"
-    )
+    page = f"bench-{asked['device']}.md"
+    words = f"time / peak / saved bytes over those of dense PyTorch in its faster layout, on {place}"
+    source = f'random channels on axis "out"; every row in [{page}](benchmarks/results/{page})'
+    return f"\nA whole training step, {words}; {source}:\n\n{standard.table(record)}"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
