@@ -18,29 +18,6 @@ from benchmarks import accuracy, standard
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results:(?P=name) -->)", re.DOTALL)
-MIB = 2**20
-
-
-def step_table(results: dict[str, Any]) -> str:
-    """One row per case: dense in its faster layout beside ours in channels_last."""
-    lines = [
-        f"Forward + backward on {results['machine']['threads']} CPU threads, batch {results['batch']} at "
-        f"{results['size']}x{results['size']}, norms frozen unless told; [step.md](benchmarks/results/step.md):",
-        "",
-        "| trained | saved MiB: dense | ours | peak MiB: dense | ours | time / dense |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for case in results["cases"].values():
-        if case["batch"] != results["batch"]:
-            continue
-        found = case["variants"]
-        dense = min(
-            (found["dense_nchw"], found["dense_channels_last"]), key=lambda row: float(row["median_ms"])
-        )
-        ours = found["ours_channels_last"]
-        numbers = [f"{row[key] / MIB:.1f}" for key in ("saved", "peak") for row in (dense, ours)]
-        lines.append(f"| {case['title']} | {' | '.join(numbers)} | {ours['time_ratio']:.2f} |")
-    return "\n".join(lines)
 
 
 def accuracy_table(record: dict[str, Any]) -> str:
@@ -61,7 +38,6 @@ def bench_table(record: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "signs": accuracy_table,
-    "step": step_table,
     "bench-cpu": bench_table,
     "bench-cuda": bench_table,
 }

@@ -99,6 +99,14 @@ def test_alternatives(name: str, dense: dict[str, Any], monkeypatch: pytest.Monk
         assert row["gradients"] == dense["gradients"] and row["saved"] == dense["saved"]
 
 
+def test_a_compiled_model_has_no_length() -> None:
+    """What torch.compile returns passes `len` on to the model, of which few have one."""
+    asked = replace(TINY, model="resnet18", size=32)
+    variant = made.dense_variant(asked, "nchw")
+    step = made.step_of(asked, variant, torch.compile(variant.model, backend="eager"))
+    assert step.forward is not variant.model
+
+
 def test_checkpoints_enclose_blocks() -> None:
     from torchvision.models import mobilenet_v2, resnet18
 

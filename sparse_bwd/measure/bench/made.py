@@ -56,7 +56,10 @@ def step_of(
 ) -> TrainingStep:
     """A step on batches that take turns where there is a cache that they could stay in."""
     copies = 2 if torch.device(asked.device).type == "cuda" else 1
-    return TrainingStep(variant, forward or variant.model, asked.dtype, asked.optimizer, copies=copies)
+    run = (
+        variant.model if forward is None else forward
+    )  # a compiled model says that it has a length, and has none
+    return TrainingStep(variant, run, asked.dtype, asked.optimizer, copies=copies)
 
 
 def dense_variant(asked: Asked, layout: str) -> Variant:
