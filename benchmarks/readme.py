@@ -1,5 +1,7 @@
 """Fill the marked tables of README.md from the JSON files in benchmarks/results: `make results`.
 
+Pages and figures of `benchmarks.standard` are made from theirs again, too.
+
 A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`; its table is made from
 `benchmarks/results/NAME.json`. Numbers reach the README by this script only, and
 `tests/test_project.py` holds them to the files.
@@ -59,6 +61,8 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 
 def main() -> None:
+    for path in RESULTS.glob("bench-*.json"):
+        standard.show(path)
     path = ROOT / "README.md"
     path.write_text(filled(path.read_text()))
 

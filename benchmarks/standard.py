@@ -53,16 +53,14 @@ def measure(name: str, device: str, rounds: int, alternatives: list[str], second
     asked = Asked(name, batch, size, device=device, rounds=rounds)
     words = Words(BUDGETS, alternatives=alternatives, alternatives_at="1/4")
     with tempfile.TemporaryDirectory() as folder:
-        found = run(
-            asked,
-            cases(words),
-            Path(folder),
-            seconds,
-            lambda done: print(".", end="", file=sys.stderr, flush=True),
-        )
+        found = run(asked, cases(words), Path(folder), seconds, _dot, module="benchmarks.standard")
     for row in found["rows"]:
         row.pop("parts", None)
     return found
+
+
+def _dot(done: int) -> None:
+    print(".", end="", file=sys.stderr, flush=True)
 
 
 def page(records: Mapping[str, Any], device: str) -> str:
@@ -95,10 +93,18 @@ def draw(records: Mapping[str, Any], path: Path) -> None:
             panel.set_ylabel(label)
         for panel, name in zip(rows[0], records, strict=True):
             panel.set_title(NETWORKS[name].title)
-        figure.supxlabel("budget: share of the weights", fontsize=10)
+        for panel in rows[1]:
+            panel.set_xlabel("share of the weights")
         legend_below(figure, rows[0][0])
         figure.savefig(path)
         plt.close(figure)
+
+
+def show(target: Path) -> None:
+    """The page and the figure of a bench-DEVICE.json, beside it."""
+    records = json.loads(target.read_text())["networks"]
+    write(target.with_suffix(".md"), page(records, target.stem.removeprefix("bench-")))
+    draw(records, target.with_suffix(".png"))
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -158,8 +164,7 @@ def main() -> None:
         print(file=sys.stderr)
         records = {known: records[known] for known in NETWORKS if known in records}
         write(target, json.dumps({"version": VERSION, "networks": records}, indent=1) + "\n")
-        write(target.with_suffix(".md"), page(records, options.device))
-        draw(records, target.with_suffix(".png"))
+        show(target)
     print(table({"networks": records}))
 
 

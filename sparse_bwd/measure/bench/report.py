@@ -28,12 +28,12 @@ CAPTION = (
 )
 
 
-def record(asked: Asked, rows: Sequence[Row], finished: bool) -> dict[str, Any]:
-    """Everything, with where it comes from."""
+def record(asked: Asked, rows: Sequence[Row], finished: bool, module: str) -> dict[str, Any]:
+    """Everything, with where it comes from; `module` is what this process runs."""
     return {
         "version": VERSION,
         "kind": "bench",
-        "command": command_line("sparse_bwd"),
+        "command": command_line(module),
         "commit": commit(Path(__file__).parent),
         "date": datetime.date.today().isoformat(),
         "machine": machine(asked.device),

@@ -29,16 +29,20 @@ def run(
     seconds: float,
     progress: Callable[[int], None] = lambda done: None,
     run_one: Callable[[Asked, Case, str, float], Any] = run_case,
+    module: str = "sparse_bwd",
 ) -> dict[str, Any]:
-    """Measure all cases; leaves bench.json, bench.csv and, at the end, bench.html in `out`."""
+    """Measure all cases; leaves bench.json, bench.csv and, at the end, bench.html in `out`.
+
+    `module` is what this process runs, for the command that the record names.
+    """
     out.mkdir(parents=True, exist_ok=True)
 
     def each(rows: Sequence[Row]) -> None:
-        write(out, record(asked, rows, finished=len(rows) == len(cases)))
+        write(out, record(asked, rows, len(rows) == len(cases), module))
         progress(len(rows))
 
     rows = run_all(asked, cases, seconds, each, run_one)
-    found = record(asked, rows, finished=True)
+    found = record(asked, rows, True, module)
     from sparse_bwd.measure.bench.page import page
 
     write_text(out / "bench.html", page(found))
