@@ -314,7 +314,7 @@ def test_the_standard_run(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     record = json.loads((folder / "bench.json").read_text())
     names = {"first": standard.Network("First", (2, 16)), "second": standard.Network("Second", (2, 16))}
     monkeypatch.setattr(standard, "NETWORKS", names)
-    monkeypatch.setattr(standard, "run", lambda *words: json.loads(json.dumps(record)))
+    monkeypatch.setattr(standard, "run", lambda *words, **module: json.loads(json.dumps(record)))
     for name in names:
         command = ["standard", "--out", str(tmp_path), "--models", name, "--rounds", "1"]
         monkeypatch.setattr("sys.argv", command)

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip(
+    "torchvision", reason="a profile finds its network by name, which needs the extra training"
+)
+
 from sparse_bwd.measure.profile import roofline, run
 from sparse_bwd.measure.profile.asked import Asked
 from sparse_bwd.training.explain import Question
