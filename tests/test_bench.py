@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -281,6 +282,12 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
     assert not outside and 'href="http' not in text
 
 
+def test_the_page_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = page.page(json.loads((folder / "bench.json").read_text()))
+    assert "pip install matplotlib" in text and "<svg" not in text and "masked 1/4" in text
+
+
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium on the path")
 def test_the_page_in_a_browser(folder: Path, tmp_path: Path) -> None:
     """A real one lays it out: figures and rows are there, none wider than the window but the table, which scrolls."""
@@ -345,7 +352,6 @@ def test_bars_are_few() -> None:
 def test_nothing_to_draw_by_layer() -> None:
     row = {"strategy": "dense", "error": None, "parts": {}}
     assert figures.draw(figures.layers_figure, {"rows": [row]}) is None
-    assert page.page.__doc__
 
 
 def test_energy_of_packages(tmp_path: Path) -> None:

@@ -30,10 +30,6 @@ tr.dense td { background: #f5f2e4; } code { background: #f4f4f4; padding: .1em .
 
 def page(found: Mapping[str, Any]) -> str:
     """The page of a record."""
-    drawn = ((draw(make, found), caption) for make, caption in FIGURES)
-    figures = [
-        f"<figure>{_inline(svg)}<figcaption>{caption}</figcaption></figure>" for svg, caption in drawn if svg
-    ]
     names = dict.fromkeys(row["strategy"] for row in found["rows"])
     about = [f"<dt><code>{name}</code></dt><dd>{escape(STRATEGIES[name].about)}</dd>" for name in names]
     versions = ", ".join(f"{name} {value}" for name, value in found["machine"]["versions"].items())
@@ -45,7 +41,7 @@ def page(found: Mapping[str, Any]) -> str:
             f'<meta name="viewport" content="width=device-width"><style>{CSS}</style></head><body>',
             f"<h1>What a budget buys: {escape(found['asked']['model'])}</h1><p>{escape(title(found))}</p>",
             *([] if found["finished"] else ["<p><strong>Not finished: some cases are missing.</strong></p>"]),
-            *figures,
+            *_figures(found),
             f'<div class="wide">{_table(found)}</div>',
             f"<p>{escape(CAPTION)}</p>",
             f"<h2>Rows</h2><dl>{''.join(about)}</dl>",
@@ -54,6 +50,17 @@ def page(found: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _figures(found: Mapping[str, Any]) -> list[str]:
+    """Every figure that there is something to draw in; where matplotlib is missing, a sentence."""
+    try:
+        drawn = [(draw(make, found), caption) for make, caption in FIGURES]
+    except ImportError:
+        return ["<p>The figures need matplotlib (pip install matplotlib), which is not installed.</p>"]
+    return [
+        f"<figure>{_inline(svg)}<figcaption>{caption}</figcaption></figure>" for svg, caption in drawn if svg
+    ]
 
 
 def _inline(svg: bytes) -> str:
