@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # the backend is chosen first: no display is needed
+from matplotlib import pyplot as plt
 from matplotlib.ticker import NullLocator
 
 from benchmarks.figures import save

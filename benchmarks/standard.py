@@ -23,7 +23,7 @@ from sparse_bwd.measure.bench.figures import draw_budget, legend_below, measured
 from sparse_bwd.measure.bench.report import CAPTION, markdown, title
 from sparse_bwd.measure.bench.run import run
 from sparse_bwd.measure.bench.strategies import ALTERNATIVES, STRATEGIES
-from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
+from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES, pyplot
 
 VERSION = 1
 MIB = 2**20
@@ -77,10 +77,7 @@ def page(records: Mapping[str, Any], device: str) -> str:
 
 def draw(records: Mapping[str, Any], path: Path) -> None:
     """A column for each network: time above, peak below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     with plt.rc_context(STYLE):
         figure, rows = plt.subplots(

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from sparse_bwd.cli.common import Device, Json, app, reports_errors, show
+from sparse_bwd.cli.common import (
+    BatchNorm,
+    Classes,
+    Device,
+    Dtype,
+    Json,
+    Optimizer,
+    app,
+    reports_errors,
+    show,
+)
 
 
 def words(text: str) -> list[str]:
@@ -42,13 +52,13 @@ def bench(
         str | None, typer.Option(help="Budget of those that spend weights; default: the median of --budgets.")
     ] = None,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16 (autocast).")] = "fp32",
-    optimizer: Annotated[str, typer.Option(help="sgd, sgd_momentum, adam, adamw, ...")] = "sgd_momentum",
-    batch_norm: Annotated[str, typer.Option(help="frozen, bias or train.")] = "frozen",
+    dtype: Dtype = "fp32",
+    optimizer: Optimizer = "sgd_momentum",
+    batch_norm: BatchNorm = "frozen",
     layout: Annotated[
         str, typer.Option(help="channels_last or nchw, of all but dense, which takes its faster one.")
     ] = "channels_last",
-    classes: Annotated[int, typer.Option(min=1, help="Outputs of the classifier.")] = 1000,
+    classes: Classes = 1000,
     rounds: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 15,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     seed: int = 0,

@@ -83,3 +83,17 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Count = Annotated[int | None, typer.Option(min=1)]
 Number = Annotated[float | None, typer.Option()]
 Word = Annotated[str | None, typer.Option()]
+
+# A training step in words, as `explain`, `profile` and `bench` take it.
+StepBudget = Annotated[
+    str, typer.Option(help="8.8%, 1/16, 192311 (weights), 64MiB, 1.5GFLOPs, or 64MiB+1.5GFLOPs.")
+]
+StepPolicy = Annotated[str, typer.Option(help="velocity, random, sparse-update, full or frozen.")]
+Axis = Annotated[str | None, typer.Option(help="out or in.")]
+BatchSize = Annotated[int, typer.Option(min=1)]
+ImageSize = Annotated[int, typer.Option(min=1)]
+Classes = Annotated[int, typer.Option(min=1, help="Outputs of the classifier.")]
+Optimizer = Annotated[str, typer.Option(help="sgd, sgd_momentum, adam, adamw, rmsprop or adagrad.")]
+BatchNorm = Annotated[str, typer.Option(help="frozen, bias or train.")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last/--channels-first")]
+Dtype = Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16 (autocast).")]

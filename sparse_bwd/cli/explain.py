@@ -7,33 +7,41 @@ from typing import Annotated, Any
 
 import typer
 
-from sparse_bwd.cli.common import Json, app, reports_errors, show
+from sparse_bwd.cli.common import (
+    Axis,
+    BatchNorm,
+    BatchSize,
+    ChannelsLast,
+    Classes,
+    ImageSize,
+    Json,
+    Optimizer,
+    StepBudget,
+    StepPolicy,
+    app,
+    reports_errors,
+    show,
+)
 
 
 @app.command()
 @reports_errors
 def explain(
     model: Annotated[str, typer.Option(help="As for finetune.")],
-    budget: Annotated[
-        str, typer.Option(help="8.8%, 192311 (weights), 64MiB, 1.5GFLOPs, or 64MiB+1.5GFLOPs.")
-    ] = "8.8%",
+    budget: StepBudget = "8.8%",
     fit: Annotated[
         str | None,
         typer.Option(help="A total, network included (32MiB): find the batch, axis and budget that fit."),
     ] = None,
-    policy: Annotated[
-        str, typer.Option(help="velocity, random, sparse-update, full or frozen.")
-    ] = "velocity",
-    axis: Annotated[str | None, typer.Option(help="out or in.")] = None,
+    policy: StepPolicy = "velocity",
+    axis: Axis = None,
     scheme: Annotated[str, typer.Option(help="Of sparse-update: mbv2-1, ... or a .json file.")] = "mbv2-1",
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    image_size: Annotated[int, typer.Option(min=1)] = 128,
-    classes: Annotated[int, typer.Option(min=1, help="Outputs of the classifier.")] = 10,
-    optimizer: Annotated[
-        str, typer.Option(help="sgd, sgd_momentum, adam, adamw, rmsprop or adagrad.")
-    ] = "sgd_momentum",
-    batch_norm: Annotated[str, typer.Option(help="frozen, bias or train.")] = "frozen",
-    channels_last: Annotated[bool, typer.Option("--channels-last/--channels-first")] = True,
+    batch_size: BatchSize = 16,
+    image_size: ImageSize = 128,
+    classes: Classes = 10,
+    optimizer: Optimizer = "sgd_momentum",
+    batch_norm: BatchNorm = "frozen",
+    channels_last: ChannelsLast = True,
     weights: Annotated[
         str, typer.Option(help="As for finetune; they change no byte, but which channels a scheme takes.")
     ] = "none",

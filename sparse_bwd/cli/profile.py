@@ -8,7 +8,23 @@ from typing import Annotated
 
 import typer
 
-from sparse_bwd.cli.common import Device, Json, app, reports_errors, show
+from sparse_bwd.cli.common import (
+    Axis,
+    BatchNorm,
+    BatchSize,
+    ChannelsLast,
+    Classes,
+    Device,
+    Dtype,
+    ImageSize,
+    Json,
+    Optimizer,
+    StepBudget,
+    StepPolicy,
+    app,
+    reports_errors,
+    show,
+)
 
 
 @app.command()
@@ -16,23 +32,17 @@ from sparse_bwd.cli.common import Device, Json, app, reports_errors, show
 def profile(
     model: Annotated[str, typer.Option(help="As for finetune.")],
     out: Annotated[Path, typer.Option(help="Folder for the trace, the memory, the table and profile.json.")],
-    budget: Annotated[
-        str, typer.Option(help="8.8%, 192311 (weights), 64MiB, 1.5GFLOPs, or 64MiB+1.5GFLOPs.")
-    ] = "8.8%",
-    policy: Annotated[
-        str, typer.Option(help="velocity, random, sparse-update, full or frozen.")
-    ] = "velocity",
-    axis: Annotated[str | None, typer.Option(help="out or in.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    image_size: Annotated[int, typer.Option(min=1)] = 128,
-    classes: Annotated[int, typer.Option(min=1, help="Outputs of the classifier.")] = 10,
-    optimizer: Annotated[
-        str, typer.Option(help="sgd, sgd_momentum, adam, adamw, rmsprop or adagrad.")
-    ] = "sgd_momentum",
-    batch_norm: Annotated[str, typer.Option(help="frozen, bias or train.")] = "frozen",
-    channels_last: Annotated[bool, typer.Option("--channels-last/--channels-first")] = True,
+    budget: StepBudget = "8.8%",
+    policy: StepPolicy = "velocity",
+    axis: Axis = None,
+    batch_size: BatchSize = 16,
+    image_size: ImageSize = 128,
+    classes: Classes = 10,
+    optimizer: Optimizer = "sgd_momentum",
+    batch_norm: BatchNorm = "frozen",
+    channels_last: ChannelsLast = True,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16 (autocast).")] = "fp32",
+    dtype: Dtype = "fp32",
     seed: Annotated[int, typer.Option(help="Of the weights, the batch and the selection.")] = 0,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 15,
     kernel: Annotated[

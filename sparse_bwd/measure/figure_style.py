@@ -16,3 +16,13 @@ STYLE: dict[str, Any] = {  # for `matplotlib.rc_context`
     "savefig.dpi": DPI,
     "figure.constrained_layout.use": True,
 }
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files alone. ImportError where matplotlib, which is optional, is missing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

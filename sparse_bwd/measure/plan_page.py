@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
+from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES, pyplot
 from sparse_bwd.measure.plan import RULE, VERSION, Fit, Plan, Row
 from sparse_bwd.measure.text_table import aligned
 
@@ -114,10 +114,7 @@ def draw(plan: Mapping[str, Any], path: Path) -> None:
 
     Layers that train nothing and hold next to nothing are left out, and counted below the axis.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     least = LEAST * max((_size(row) for row in plan["rows"]), default=0)
     rows = [row for row in plan["rows"] if row["trained"] or row["gradient"] or _size(row) > least]

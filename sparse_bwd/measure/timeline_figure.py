@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
+from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES, pyplot
 
 MIB = 2**20
 # From dark to light, so that the order of the kinds can be told in grey as well; hatches tell neighbours apart.
@@ -24,7 +24,7 @@ def draw_timelines(timelines: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Each step has its own time scale: the profiler slows short operations most, so that lengths would mislead.
     """
-    plt = _plotter()
+    plt = pyplot()
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             1, len(timelines), sharex=True, sharey=True, figsize=(WIDTH_INCHES, 3.6)
@@ -44,7 +44,7 @@ def draw_timelines(timelines: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def draw_step(timeline: Mapping[str, Any], title: str, path: Path) -> None:
     """One step, from `Timeline.to_dict()` of a step that was run in parts."""
-    plt = _plotter()
+    plt = pyplot()
     unit, scale = ("MiB", MIB) if max(_total(timeline, MIB)) >= 1 else ("KiB", 1024)
     with plt.rc_context(STYLE):
         figure, panel = plt.subplots(figsize=(WIDTH_INCHES, 4.2))
@@ -60,16 +60,6 @@ def draw_step(timeline: Mapping[str, Any], title: str, path: Path) -> None:
         _name_parts(panel, timeline["parts"], timeline["ms"][-1])
         _mark_peak(panel, timeline, 1, scale, f"{unit} above the start")
         _finish(plt, figure, panel, path)
-
-
-def _plotter() -> Any:
-    """matplotlib without a display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _finish(plt: Any, figure: Any, panel: Any, path: Path) -> None:

@@ -248,11 +248,12 @@ def architecture(device: torch.device) -> str:
 
 @contextmanager
 def forced(implementation: str | None) -> Iterator[None]:
-    """Inside, every operator with native kernels is served by them ("native"), by none ("plain"), or as usual (None).
+    """Inside, operators that an implementation ("native", "triton", "plain") has are served by it alone; None: as usual.
 
     Raises:
-        ValueError: an unknown implementation, or "native" where no native library is loaded.
-        NotImplementedError: inside, by an operator whose native kernels cannot serve a call.
+        ValueError: an unknown implementation, or one that cannot run here.
+        NotImplementedError: inside, by an operator that has this implementation for other calls than the one made, so
+            that nobody measures or tests PyTorch in its place.
     """
     global _forced
     if implementation not in (*IMPLEMENTATIONS, None):

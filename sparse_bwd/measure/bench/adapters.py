@@ -26,7 +26,7 @@ from sparse_bwd.measure.bench.made import (
     trained_layers,
 )
 from sparse_bwd.measure.bench.partial import freeze_all_but_last, weight_budget
-from sparse_bwd.measure.step import Variant
+from sparse_bwd.measure.step import LAYOUTS, Variant
 from sparse_bwd.training.errors import UserError
 
 ADAPTER = "default"  # peft's name of the only adapter
@@ -53,6 +53,7 @@ def lora(asked: Asked, case: Case, layout: str) -> Made:
         variant.model.get_submodule(head).requires_grad_(True)
     weights = sum(rank * (rows + columns) for rows, columns in map(_matrix, targets.values()))
     selection = {"layers": len(targets), "channels": 0, "weights": weights}
+    variant.model.to(memory_format=LAYOUTS[layout])  # the factors of k x k convolutions too
     return Made(
         _of(asked, variant), _pairs(variant.model, list(targets), head), selection, extra={"rank": rank}
     )

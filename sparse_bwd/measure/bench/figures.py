@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sparse_bwd.measure.bench.asked import EVERYTHING, NOTHING
-from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
+from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES, pyplot
 
 Row = Mapping[str, Any]
 MIB, GIGA = 2**20, 1e9
@@ -47,8 +47,7 @@ def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def budget_figure(found: Mapping[str, Any]) -> Any:
     """Time and peak against the budget, each over dense where dense has figures."""
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(WIDTH_INCHES, 3.3))
     for panel, quantity in zip(panels, quantities(found), strict=True):
         draw_budget(panel, found, quantity)
@@ -124,8 +123,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def pareto_figure(found: Mapping[str, Any]) -> Any:
     """Time against peak of every row; the line joins those that no other beats in both."""
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     rows = measured(found)
     time = quantities(found)[0]
     points = [(row["peak"] / MIB, time.values(row)[1]) for row in rows]
@@ -163,8 +161,7 @@ def pareto_figure(found: Mapping[str, Any]) -> Any:
 
 def layers_figure(found: Mapping[str, Any]) -> Any | None:
     """Bytes kept and operations of backward by part of the network, of dense and of a case of ours."""
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     rows = [row for row in measured(found) if row["parts"]]
     ours = [row for row in rows if row["strategy"] == "ours" and row["budget"] not in (NOTHING, EVERYTHING)]
     if not ours or rows[0]["strategy"] != "dense":
@@ -213,10 +210,7 @@ def draw(
     make: Callable[[Mapping[str, Any]], Any], found: Mapping[str, Any], kind: str = "svg"
 ) -> bytes | None:
     """A figure as a file of a kind that matplotlib knows; None where there is nothing to draw."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     with plt.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": "sparse_bwd"}):
         figure = make(found)

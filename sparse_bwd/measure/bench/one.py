@@ -65,7 +65,7 @@ def measure(asked: Asked, case: Case, dense_layout: str = "", sys: Path = Path("
         checked = check(made, right, images)
         del right
         row = bytes_of(made, meter) | {"layout": layout, "dense_layout": dense_layout, "checked": checked}
-        row |= {"flops": _flops(made), "parts": _parts(made, asked), **made.selection, **made.extra}
+        row |= {**_work(made, asked), **made.selection, **made.extra}
         row |= times_of(made, None if alone else _dense(asked, dense_layout), meter)
         row["joules"] = _energy(asked, made.step, row["ms"]["step"][1], sys)
     row["images_per_s"] = float(f"{asked.batch / row['ms']['step'][1] * 1e3:.4g}")
@@ -143,20 +143,20 @@ def _with_whole(parts: dict[str, list[float]]) -> dict[str, list[float]]:
     return {name: quantiles(values) for name, values in [*parts.items(), ("step", whole)]}
 
 
-def _flops(made: Made) -> int | None:
-    """None where a compiler or recomputation decides what is computed."""
+def _work(made: Made, asked: Asked) -> Row:
+    """Operations of backward, and by layer these and the bytes kept, as predicted in fp32.
+
+    None where a compiler or recomputation decides what is computed; nothing by layer where it cannot be told.
+    """
     if made.hidden:
-        return None
-    return sum(backward_flops(made.step.variant.model, None, made.step.variant.x).values())
-
-
-def _parts(made: Made, asked: Asked) -> dict[str, dict[str, int]]:
-    """Bytes kept and operations of backward by layer, as predicted in fp32; empty where it cannot be told."""
-    if made.hidden or asked.dtype not in ("fp32", "tf32"):
-        return {}
+        return {"flops": None, "parts": {}}
     model, x = made.step.variant.model, made.step.variant.x
-    saved = predict(model, None, x, asked.optimizer, example_loss, by_layer=True).saved_by
-    return {"saved": saved, "flops": backward_flops(model, None, x)}
+    flops = backward_flops(model, None, x)
+    parts = {}
+    if asked.dtype in ("fp32", "tf32"):
+        saved = predict(model, None, x, asked.optimizer, example_loss, by_layer=True).saved_by
+        parts = {"saved": saved, "flops": flops}
+    return {"flops": sum(flops.values()), "parts": parts}
 
 
 def _energy(asked: Asked, step: TrainingStep, ms: float, sys: Path) -> float | None:
