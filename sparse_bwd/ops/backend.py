@@ -248,7 +248,7 @@ def architecture(device: torch.device) -> str:
 
 @contextmanager
 def forced(implementation: str | None) -> Iterator[None]:
-    """Inside, operators that an implementation ("native", "triton", "plain") has are served by it alone; None: as usual.
+    """Inside, operators that an implementation ("native", "triton", "plain") knows are served by it; None: as usual.
 
     Raises:
         ValueError: an unknown implementation, or one that cannot run here.
