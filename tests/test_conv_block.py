@@ -184,3 +184,24 @@ def test_same_bits_at_any_number_of_threads(dtype: torch.dtype) -> None:
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert_same_bits(two, one)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_weight_gradient_takes_no_second_weight(layout: torch.memory_format) -> None:
+    """Where weights are larger than images, a step of a layer that is trained whole peaks no higher than PyTorch's."""
+    peaks = []
+    for kind in (sb.SparseConv2d, torch.nn.Conv2d):
+        layer = kind(256, 256, 3, padding=1, bias=False).to(memory_format=layout)
+        x = torch.randn(2, 256, 2, 2).contiguous(memory_format=layout).requires_grad_()
+        if isinstance(layer, sb.SparseConv2d):
+            layer.set_channels(None, axis="out", bias="none")
+
+        def step(layer: torch.nn.Module = layer, x: torch.Tensor = x) -> None:
+            layer(x).sum().backward()
+            layer.zero_grad()
+            x.grad = None
+
+        for _ in range(2):
+            step()
+        peaks.append(sb.memory.peak_bytes(step, "cpu").peak)
+    assert peaks[0] <= peaks[1] + 2 * x.nbytes

@@ -161,8 +161,17 @@ Tensor in_type(const Tensor& x, int32_t dtype, bool channels_last) {
   return copy;
 }
 
-Tensor gradient_of_weight(const Layer& layer, const Tensor& x, const Tensor& dy, const std::optional<Tensor>& rows,
-                          bool last) {
+// Tells PyTorch the size of dw, which it takes from a weight whose values it does not read: in the memory of the full
+// weight, where that is at hand, for a weight more would be the peak of a network with small images.
+Tensor in_place_of_weight(const std::optional<Tensor>& weight, const Ints& size, bool last, int32_t dtype) {
+  const Ints strides = strides_of(size, last);
+  if (!weight || dtype_of(*weight) != dtype || weight->numel() < size[0] * size[1] * size[2] * size[3])
+    return empty_strided(size, strides, dtype);
+  return torch::stable::from_blob(weight->mutable_data_ptr(), size, strides, weight->device(), weight->scalar_type());
+}
+
+Tensor gradient_of_weight(const Layer& layer, const Tensor& x, const Tensor& dy, const std::optional<Tensor>& weight,
+                          const std::optional<Tensor>& rows, bool last) {
   const int64_t k = rows ? rows->numel() : dy.size(1), c = x.size(1), kh = layer.kernel[0], kw = layer.kernel[1];
   if (layer.groups > 1) {
     const Tensor dw = empty_image({k, 1, kh, kw}, last, x);
@@ -179,7 +188,7 @@ Tensor gradient_of_weight(const Layer& layer, const Tensor& x, const Tensor& dy,
   // torch 2.14 reads past the rows of a bfloat16 image narrower than the stride; such images are tiny.
   const bool narrow = type_of(x) == Type::bf16 && x.size(3) < layer.stride[1];
   const int32_t dtype = narrow ? aoti_torch_dtype_float32() : dtype_of(x);
-  const Tensor like = empty_strided({k, c, kh, kw}, strides_of({k, c, kh, kw}, last), dtype);
+  const Tensor like = in_place_of_weight(weight, {k, c, kh, kw}, last, dtype);
   const Tensor dw = conv_dw(in_type(chosen, dtype, last), in_type(x, dtype, last), like, layer.stride, layer.padding,
                             layer.dilation);
   return in_type(dw, dtype_of(x), last);
@@ -246,7 +255,7 @@ std::vector<Tensor> conv_chain_dx(Tensor dy, Tensors tensors, std::vector<Tensor
     if (layer.wants & kDw) {
       const std::optional<Tensor>& x = left[i].x ? left[i].x : tensors[0];
       require(x.has_value(), "the input of a layer is missing.");
-      results.push_back(gradient_of_weight(layer, laid_out(*x, channels_last), g, t[1], channels_last));
+      results.push_back(gradient_of_weight(layer, laid_out(*x, channels_last), g, t[0], t[1], channels_last));
     }
     if (!(layer.wants & kDx)) break;
     require(t[0].has_value(), "the weight of a layer is missing.");
