@@ -75,6 +75,12 @@ def finetune(
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="Of neq: |velocity| that trains no more.")] = None,
     pin: Annotated[bool | None, typer.Option("--pin", help="Neq never trains again what it froze.")] = None,
+    redraw: Annotated[
+        bool | None, typer.Option("--redraw/--draw-once", help="Of random: for every epoch, or one for all.")
+    ] = None,
+    parity: Annotated[
+        bool | None, typer.Option("--parity", help="Velocity and random spend as in the paper's code.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="default or paper; the options below change it.")] = None,
     batch_norm: Annotated[str | None, typer.Option(help="frozen, bias or train.")] = None,
     epochs: Count = None,
@@ -99,6 +105,10 @@ def finetune(
     split_seed: Annotated[int | None, typer.Option(help="Of the split of data without a test set.")] = None,
     limit_train: Annotated[int | None, typer.Option(help="At most so many training images.")] = None,
     limit_test: Annotated[int | None, typer.Option(help="At most so many test images.")] = None,
+    validation: Annotated[
+        float | None,
+        typer.Option(help="Test on this share of the training images, held back, not on the test images."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     device: Device = "cpu",
     threads: Annotated[

@@ -49,6 +49,7 @@ class RandomPolicy(BudgetPolicy):
 
     Args:
         redraw: draw again at every step, or keep the first draw.
+        parity: spend the budget as the paper's code did (`sparse_bwd.selection.parity`); axis "out", weights only.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class RandomPolicy(BudgetPolicy):
         redraw: bool = True,
         seed: int = 0,
         bias: str = "selected",
+        parity: bool = False,
     ) -> None:
-        super().__init__(model, budget, axis, bias, seed)
+        super().__init__(model, budget, axis, bias, seed, parity)
         self.redraw = bool(redraw)
 
     def _choose(self) -> Selection:
@@ -97,7 +99,8 @@ class VelocityPolicy(BudgetPolicy):
         first: first selection: "random" (under the budget), "full", a scheme (name, file or `Scheme`; read on `axis`),
             or a selection.
         order: "fastest", or "slowest" as the control.
-        parity: the paper's code on ties: channels that tie with the first rejected one are dropped.
+        parity: spend the budget as the paper's code did, the first, random selection included
+            (`sparse_bwd.selection.parity`); axis "out", weights only.
         measure: "exact", the paper's: all responses are kept between steps, one number per channel, position and
             image. "sketch": `numbers` per channel, whatever the size of the images and the probe; the error of
             1 - similarity is then about sqrt(2 / numbers) of it (`sparse_bwd.selection.sketch`). With the default of 16
@@ -130,8 +133,8 @@ class VelocityPolicy(BudgetPolicy):
         self.probe = check_probe(probe)
         self._measured_by = (axis, measure, storage, numbers)
         self._responses: int | None = None  # bytes, once they are known
-        super().__init__(model, budget, axis, bias, seed)
-        self.order, self.parity = order, bool(parity)
+        super().__init__(model, budget, axis, bias, seed, parity)
+        self.order = order
         self.velocity = Velocity(len(self.table), recursion, mu)
         self.first = self._read_first(first)
 
@@ -176,10 +179,10 @@ class VelocityPolicy(BudgetPolicy):
             order = torch.sort(score, descending=True, stable=True).indices
             return self._fit(lambda amounts: limits.best(score, amounts), order)
         assert self.budget is not None
-        score = speed / self.table.cost
+        score = speed / self.cost
         if self.order == "slowest":
             score = -score
-        return self._select(greedy_prefix(score, self.table.cost, self.budget, self.parity))
+        return self._select(greedy_prefix(score, self.cost, self.budget, self.parity))
 
     def _choose_first(self) -> Selection:
         if self.first == "random":
@@ -200,17 +203,14 @@ class VelocityPolicy(BudgetPolicy):
         return chosen
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"order": self.order, "parity": self.parity}
+        own = {"order": self.order}
         state = {"velocity": self.velocity.state_dict(), "responses": self.meter.state_dict()}
         return {**super().state_dict(), **own, **state}
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         super()._check_state(state)
-        for key in ("order", "parity"):
-            if state.get(key) != getattr(self, key):
-                raise ValueError(
-                    f"The saved policy has {key} {state.get(key)!r}, this one {getattr(self, key)!r}."
-                )
+        if state.get("order") != self.order:
+            raise ValueError(f"The saved policy has order {state.get('order')!r}, this one {self.order!r}.")
         self.velocity.check_state(state.get("velocity"))
         self.meter.check_state(state.get("responses"), self.table.channels)
 

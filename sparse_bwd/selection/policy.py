@@ -16,6 +16,7 @@ from sparse_bwd.selection.apply import apply, refuse_pending
 from sparse_bwd.selection.budget import GIGA, MIB, Budget
 from sparse_bwd.selection.costs import cost_table, prefix_length
 from sparse_bwd.selection.limits import Choose, Limits, Need
+from sparse_bwd.selection.parity import check_parity, code_cost, layer_order_prefix
 from sparse_bwd.selection.selection import BIAS_MODES, Selection
 
 STATE_VERSION = 1
@@ -214,17 +215,25 @@ class BudgetPolicy(Policy):
             at or above the cost of all channels everything is. In bytes or operations of a step (bytes=, flops= or
             both): no step of training takes more, by prediction; too little for a single channel is a ValueError.
         seed: of the generator (on the CPU, independent of torch's global one).
+        parity: spend a budget of weights as the paper's code did (`sparse_bwd.selection.parity`).
     """
 
     budget: int | None  # weights
     limits: Limits | None  # of bytes and operations
 
-    def __init__(self, model: nn.Module, budget: Budget, axis: str, bias: str, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, budget: Budget, axis: str, bias: str, seed: int, parity: bool = False
+    ) -> None:
         if not isinstance(budget, Budget):
             raise TypeError(
                 f"budget must be a Budget, such as Budget(params=192_311) or Budget(fraction=0.1), got {budget!r}."
             )
+        if parity:
+            check_parity(axis, budget)
         super().__init__(model, axis, bias)
+        self.parity = bool(parity)
+        # What a channel counts against the budget; only parity with the paper's code makes it another than it costs.
+        self.cost = code_cost(model, self.table) if parity else self.table.cost
         self.generator = torch.Generator().manual_seed(seed)
         self.limits, self.need = None, Need()
         if budget.of_steps:
@@ -256,6 +265,8 @@ class BudgetPolicy(Policy):
         """
         if self.limits is None:
             assert self.budget is not None
+            if self.parity:
+                return self._select(layer_order_prefix(order, self.cost, self.budget))
             return self._select(order[: prefix_length(self.table.cost[order], self.budget)])
         limits = self.limits
         return self._fit(lambda amounts: limits.in_order(order, amounts), order)
@@ -285,10 +296,13 @@ class BudgetPolicy(Policy):
         limits = (
             {} if self.limits is None else {"limits": self.limits.state_dict(), "need": asdict(self.need)}
         )
-        return {**super().state_dict(), "generator": self.generator.get_state(), **limits}
+        own = {"generator": self.generator.get_state(), "parity": self.parity}
+        return {**super().state_dict(), **own, **limits}
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         super()._check_state(state)
+        if state.get("parity", False) != self.parity:
+            raise ValueError(f"The saved policy has parity {state['parity']!r}, this one {self.parity!r}.")
         if (self.limits is None) != ("limits" not in state):
             raise ValueError("Of the saved policy and this one only one has a budget of bytes or operations.")
         if self.limits is not None:

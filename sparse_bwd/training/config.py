@@ -37,8 +37,10 @@ class RunConfig:
     none. scheme: of sparse-update. first: of velocity, what epoch 1 trains: "random", "full" or a scheme. velocity: how
     it is measured, "exact" or "sketch" (`measure` of `VelocityPolicy`). probe: of velocity, "images" set aside from the
     training data, or "noise", for which none are; trady and gradient need the images, with their labels. threshold,
-    pin: of neq, as in `NEqPolicy`. limit_train, limit_test: at most this many images, in the classes' proportions.
-    channels_last: memory layout of the network.
+    pin: of neq, as in `NEqPolicy`. redraw: of random, a new draw for every epoch or one for all. parity: of velocity,
+    slowest and random, what the paper's code does. limit_train, limit_test: at most this many images, in the classes'
+    proportions. validation: this share of the training images is held back, and the run is tested on it instead of on
+    the test images, which it never opens; to choose hyper-parameters. channels_last: memory layout of the network.
     """
 
     model: str
@@ -55,10 +57,13 @@ class RunConfig:
     probe: str = "images"
     threshold: float = 1e-3
     pin: bool = False
+    redraw: bool = True
+    parity: bool = False
     seed: int = 0
     split_seed: int = 0
     limit_train: int | None = None
     limit_test: int | None = None
+    validation: float = 0.0
     channels_last: bool = True
     recipe: Recipe = RECIPES["default"]
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
@@ -74,6 +79,14 @@ class RunConfig:
             raise unknown("velocity", self.velocity, VELOCITIES)
         if self.probe not in PROBES:
             raise unknown("probe", self.probe, PROBES)
+        if not 0 <= self.validation < 1:
+            raise UserError(
+                f"--validation is {self.validation}; it is a share of the training images, at least 0 and below 1."
+            )
+        if self.parity and self.policy not in ("velocity", "slowest", "random"):
+            raise UserError(
+                f"--parity is of velocity, slowest and random; the policy {self.policy} has none."
+            )
         parse_budget(self.budget)
 
     @property

@@ -34,6 +34,18 @@ class Source:
             test=_limit(self.test, test, seed, "--limit-test"),
         )
 
+    def held_back(self, share: float, seed: int) -> "Source":
+        """The same source with this share of every class's training images as its test images; 0: unchanged."""
+        if not share:
+            return self
+        train, held = seeding.split(self.train.targets, share, seed)
+        if not held:
+            raise UserError(
+                "The data has one training image per class, so none can be held back: leave out --validation."
+            )
+        notes = f"{self.notes}; tested on {share:.0%} of the training images, held back"
+        return replace(self, train=self.train.select(train), test=self.train.select(held), notes=notes)
+
 
 def _limit(samples: Samples, count: int | None, seed: int, option: str) -> Samples:
     if count is None or count >= len(samples):

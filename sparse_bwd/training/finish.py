@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import sparse_bwd as sb
+from sparse_bwd.selection.flops import backward_flops
 from sparse_bwd.training.files import write_json, write_safetensors
 from sparse_bwd.training.loop import Trainer, selection_row
 from sparse_bwd.training.state import named_trainable
@@ -73,6 +74,7 @@ def summarise(trainer: Trainer, memory: dict[str, int]) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in named_trainable(trainer.model).values()),
         "accuracy": last["test_accuracy"],
         "accuracy_per_epoch": [row.get("test_accuracy") for row in trainer.history],
+        "backward_flops": memory.get("backward_flops"),
         "saved_bytes": memory.get("saved"),
         "peak_bytes": memory.get("peak"),
         "resident_bytes": memory.get("resident"),
@@ -90,10 +92,11 @@ def summarise(trainer: Trainer, memory: dict[str, int]) -> dict[str, Any]:
 
 
 def measure_step(trainer: Trainer) -> dict[str, int]:
-    """Bytes of a step, measured on a copy of the model and real images.
+    """Bytes of a step, measured on a copy of the model and real images, and the operations of its backward pass.
 
     saved: kept from forward to backward; peak: the highest of the third step above what is alive before it, which is
     `resident`; training: the peak and what training holds between steps beyond the network and the batch.
+    backward_flops: of all convolutions and linear layers, counted (`selection.flops`).
     """
     model = copy.deepcopy(trainer.model).train()
     config, recipe = trainer.config, trainer.recipe
@@ -110,7 +113,13 @@ def measure_step(trainer: Trainer) -> dict[str, int]:
     )
     peak = sb.memory.step_peak(model, loss_fn, optimizer, (inputs, targets))
     held = sb.memory.held_between_steps(model, optimizer) + trainer.policy.velocity_bytes
-    return {"saved": saved, "peak": peak.peak, "resident": peak.resident, "training": peak.peak + held}
+    return {
+        "backward_flops": sum(backward_flops(model, None, inputs).values()),
+        "saved": saved,
+        "peak": peak.peak,
+        "resident": peak.resident,
+        "training": peak.peak + held,
+    }
 
 
 def find_collapse(history: list[dict[str, Any]], classes: int) -> list[str]:

@@ -22,6 +22,7 @@ from sparse_bwd.training.evaluate import Accuracy, measure_accuracy
 from sparse_bwd.training.loader import in_order
 from sparse_bwd.training.log import JsonLog
 from sparse_bwd.training.prepare import Prepared, sentences
+from sparse_bwd.training.selected import encode
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # Step times that the median is taken over: the last ones, so that warm-up of caches does not count.
@@ -60,13 +61,15 @@ class Trainer:
     def start(self) -> None:
         """Selects for the first epoch and writes the first checkpoint."""
         torch.manual_seed(seeding.derive(self.config.seed, "train"))
+        began = time.perf_counter()
         with sentences():
             self.policy.step()
+            chosen = time.perf_counter() - began
             self.optimizer = self._make_optimizer()
         self.log = JsonLog(self.out / LOG)
         about = {"notes": self.prepared.notes, "command": self.prepared.runtime.command}
         self.log.write("start", config=self.config.to_json(), **about)
-        self._log_selection()
+        self._log_selection(chosen)
         self.save()
 
     def resume(self, saved: dict[str, Any]) -> None:
@@ -190,9 +193,10 @@ class Trainer:
         self.log.write("epoch", **row)
         display.say(epoch_line(row, self.recipe.epochs))
         if not last:
+            began = time.perf_counter()
             with sentences():
                 self.policy.step(self.optimizer)
-            self._log_selection()
+            self._log_selection(time.perf_counter() - began)
         self.epoch, self.batch, self.seen = self.epoch + 1, 0, Accuracy()
         self.save()
         if self.stop_signal is not None and not self.finished:
@@ -208,9 +212,18 @@ class Trainer:
         loader = in_order(self.prepared.test, config.preprocessing.evaluation(), size, runtime.workers)
         return measure_accuracy(self.model, loader, config.preprocessing, config.channels_last, between)
 
-    def _log_selection(self) -> None:
+    def _log_selection(self, seconds: float) -> None:
+        """What is trained from now on, and the time that measuring, choosing and applying it took."""
+        assert self.policy.selection is not None
+        sizes = self.policy.table.channels
         self.log.write(
-            "selection", for_epoch=self.epoch + 1 + bool(self.history), **selection_row(self.policy)
+            "selection",
+            for_epoch=self.epoch + 1 + bool(self.history),
+            seconds=seconds,
+            axis=self.policy.axis,
+            sizes=sizes,
+            trained=encode(self.policy.selection, sizes),
+            **selection_row(self.policy),
         )
 
     def save(self) -> None:

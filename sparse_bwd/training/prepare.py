@@ -86,7 +86,8 @@ def open_data(config: RunConfig, runtime: Runtime) -> Source:
     """The run's data, limited as the configuration says. The limits draw with the split seed: all seeds see one set."""
     options = DataOptions(runtime.data_root, runtime.download, config.split_seed)
     source = open_source(config.data, options)
-    return source.limited(config.limit_train, config.limit_test, config.split_seed)
+    limited = source.limited(config.limit_train, config.limit_test, config.split_seed)
+    return limited.held_back(config.validation, config.split_seed)
 
 
 def find_device(name: str) -> torch.device:
@@ -167,7 +168,9 @@ def make_policy(model: nn.Module, config: RunConfig, probe: Tensor, labels: Tens
     budget = make_budget(config, next(model.parameters()).device)
     seed = seeding.derive(config.seed, "policy")
     if config.policy == "random":
-        return sb.RandomPolicy(model, budget, axis=axis, seed=seed)
+        return sb.RandomPolicy(
+            model, budget, axis=axis, redraw=config.redraw, seed=seed, parity=config.parity
+        )
     if config.policy == "trady":
         return sb.TraDyPolicy(model, budget, (probe, labels), axis=axis, seed=seed)
     if config.policy == "gradient":
@@ -184,6 +187,7 @@ def make_policy(model: nn.Module, config: RunConfig, probe: Tensor, labels: Tens
         first=config.first,
         order=order,
         seed=seed,
+        parity=config.parity,
         measure=config.velocity,
     )
 
