@@ -197,7 +197,7 @@ def main() -> int:
 
 
 def _bar(rows: Iterable[Row], total: int) -> Iterable[Row]:
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     shown: Iterable[Row] = tqdm(rows, total=total, unit="kernel", smoothing=0.05)
     return shown

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import finish, read, run_name, unpack
+from benchmarks.finetunes import finish, read, run_name
+from benchmarks.images import unpack
 from benchmarks.search_report import describe, notes, pretraining, write
 from sparse_bwd.training.search.report import page
 

@@ -9,7 +9,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import commit, digest, read
+from benchmarks.finetunes import digest, read
+from sparse_bwd.measure.machine import commit
 
 MIB = 2**20
 
@@ -23,7 +24,12 @@ def describe(
     record["title"] = (
         f"Scheme search: {options.model} on {Path(options.data).stem}, {options.size}x{options.size}"
     )
-    record |= {"commit": commit(), "command": command(options, rest), "checked": checked, "pretraining": None}
+    record |= {
+        "commit": commit(Path(__file__).parent),
+        "command": command(options, rest),
+        "checked": checked,
+        "pretraining": None,
+    }
     record |= {"sha256": {path.name: digest(path) for path in given if path.is_file()}}
     record["check"] = {"epochs": options.check_epochs, "seeds": options.check_seeds}
     if options.weights is None:

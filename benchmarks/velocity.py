@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sparse_bwd as sb
-from benchmarks.accuracy import unpack
+from benchmarks.images import unpack
 from benchmarks.velocity_meters import ProductMeter, SampledMeter
 from benchmarks.velocity_report import draw, page
 from sparse_bwd.measure.machine import command_line, commit, machine

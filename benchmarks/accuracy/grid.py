@@ -1,0 +1,134 @@
+"""All runs of a plan, in the order of their value, by several processes; what is finished is never done again.
+
+A run starts when the learning rate of its group is known; the trials for it come right before the group's first run.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.accuracy.one import Job
+from benchmarks.accuracy.plan import Group, Plan, Run
+from benchmarks.accuracy.records import Records
+from benchmarks.accuracy.tuning import best_rate
+from benchmarks.accuracy.workers import Workers
+from sparse_bwd.training import UserError
+
+
+@dataclass
+class Grid:
+    """The runs of one shard.
+
+    sources: data name -> what to open; weights: model name -> file or torchvision name; runtime: of every run, see
+    `sparse_bwd.training.Runtime`.
+    """
+
+    plan: Plan
+    runs: Sequence[Run]
+    folder: Path
+    records: Records
+    sources: Mapping[str, str]
+    weights: Mapping[str, str]
+    runtime: dict[str, Any]
+    jobs: int = 1
+    trials: dict[Group, list[Run]] = field(init=False)
+    started: set[Run] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        groups = dict.fromkeys(run.group for run in self.runs)
+        self.trials = {group: self.plan.trials(group, self.runs) for group in groups}
+
+    @property
+    def all(self) -> list[Run]:
+        """Runs and trials."""
+        return [*(trial for trials in self.trials.values() for trial in trials), *self.runs]
+
+    def rate(self, group: Group) -> float | None:
+        """The learning rate of a group; None while a trial is missing."""
+        if not self.trials[group]:
+            return self.plan.tuning.lr[0]
+        found = [self.records.get(trial) for trial in self.trials[group]]
+        return None if None in found else best_rate(record for record in found if record is not None)
+
+    def next(self) -> Run | None:
+        """The most valuable run that can start now; None if all have, or wait for trials that are running."""
+        for run in self.runs:
+            if run in self.started or self.records.get(run):
+                continue
+            if self.rate(run.group) is not None:
+                return run
+            for trial in self.trials[run.group]:
+                if trial not in self.started and not self.records.get(trial):
+                    return trial
+        return None
+
+    def job(self, run: Run) -> Job:
+        """What a worker needs for a run."""
+        lr = run.lr if run.lr is not None else self.rate(run.group)
+        assert lr is not None
+        return Job(run, self.plan.config(run, self.sources, self.weights, lr), self.folder, self.runtime)
+
+    def carry_out(self) -> list[str]:
+        """Runs what is missing; returns what went wrong, one sentence per run."""
+        troubles: list[str] = []
+        workers = Workers(self.jobs)
+        missing = [run for run in self.all if not self.records.get(run)]
+        with (
+            _stopping(workers),
+            tqdm(total=len(self.all), initial=len(self.all) - len(missing), unit="run") as bar,
+        ):
+            while True:
+                self._feed(workers)
+                if not workers.busy:
+                    return troubles
+                for worker in workers.wait():
+                    assert worker.job is not None
+                    name = worker.job.run.name
+                    try:
+                        record = worker.take()
+                    except RuntimeError as error:
+                        troubles.append(str(error))
+                        bar.write(str(error))
+                        continue
+                    if record is not None:
+                        self.records.add(record)
+                        bar.update()
+                        bar.write(_line(name, record))
+
+    def _feed(self, workers: Workers) -> None:
+        for worker in workers.idle:
+            run = self.next()
+            if run is None:
+                return
+            self.started.add(run)
+            worker.give(self.job(run))
+
+
+def _line(name: str, record: Mapping[str, Any]) -> str:
+    if record["accuracy"] is None:
+        return f"{name}: {record['failed']}: {record['error']}"
+    return f"{name}: {record['accuracy']:.1%}"
+
+
+@contextmanager
+def _stopping(workers: Workers) -> Iterator[None]:
+    """Ctrl-C and SIGTERM: every running job leaves a checkpoint first, then the runner ends."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        workers.stop()
+        raise UserError("Stopped; run the same command again to go on.") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,213 @@
+"""What is to be run. A plan is a JSON file; its format:
+
+    version    2
+    title      heading of the report;  about: its remarks, a list of sentences
+    recipe     options of every run, as those of `sparse-bwd finetune` with underscores ("epochs": 5, "image_size": 96)
+    data       name -> {"source": a torchvision data set, or null: given by --data NAME=FOLDER; "layout": how such a
+               folder looks, where it is not one folder per class; "options": of runs on it}
+    models     name -> {"options": of runs of it}; what to start from is given by --weights NAME=FILE
+    methods    name -> {"options": {"policy": ..., "axis": ...}, "tuned_at": budget, "published": name of its rows}
+    budgets    name -> {"ours": what --budget takes, "scheme": of sparse-update} or, where it differs, {model: {...}};
+               a budget that is not named here is what --budget takes
+    tuning     {"lr": [...], "validation": share of the training images, "seeds": [...], "budget": budget}; or
+               {"lr": value} for one rate without trials
+    grid       [{"data", "models", "methods", "budgets", "batch_norm", "seeds": lists}, ...], the most valuable first;
+               a method without a budget has "budgets": [null]
+
+Every combination of an entry is one run; one that an earlier entry has is not repeated. Runs that share data, model,
+method and batch-norm mode are a *group*: they share the learning rate, and a shard has whole groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparse_bwd.training import RunConfig, UserError, configure
+
+VERSION = 2
+_LISTS = ("data", "models", "methods", "budgets", "batch_norm", "seeds")
+_KEYS = {"version", "title", "about", "recipe", "data", "models", "methods", "budgets", "tuning", "grid"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that share a learning rate."""
+
+    data: str
+    model: str
+    method: str
+    batch_norm: str
+
+    @property
+    def name(self) -> str:
+        """For people and folders."""
+        return "-".join(asdict(self).values()).replace(" ", "-").replace(",", "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point of the grid; budget None: the method has none. lr: of a trial; None: what tuning found."""
+
+    group: Group
+    budget: str | None
+    seed: int
+    lr: float | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells this run from all others of a plan, trials of other rates included."""
+        words = (*asdict(self.group).values(), self.budget or "", str(self.seed))
+        return words if self.lr is None else (*words, repr(self.lr))
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        budget = f"-{self.budget.replace('/', 'of')}" if self.budget else ""
+        rate = "" if self.lr is None else f"-lr{self.lr:g}"
+        return f"{self.group.name}{budget}-seed{self.seed}{rate}".replace(" ", "-").replace("%", "pc")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Learning rates to try on images held back; without `validation` the one rate is used as it is."""
+
+    lr: tuple[float, ...]
+    validation: float = 0.0
+    seeds: tuple[int, ...] = (0,)
+    budget: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.lr) > 1 and not 0 < self.validation < 1:
+            raise UserError(
+                f"The plan tries {len(self.lr)} learning rates, but its validation share is {self.validation}; "
+                "it must be above 0 and below 1, so that the test images stay unseen."
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan that makes sense; the module docstring describes the fields."""
+
+    title: str
+    recipe: dict[str, Any]
+    data: dict[str, dict[str, Any]]
+    models: dict[str, dict[str, Any]]
+    methods: dict[str, dict[str, Any]]
+    grid: list[dict[str, Any]]
+    tuning: Tuning
+    budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    about: list[str] = field(default_factory=list)
+
+    def runs(self) -> list[Run]:
+        """The grid, in the order of value, without repetitions."""
+        found: dict[Run, None] = {}
+        for entry in self.grid:
+            # Seeds outermost: what a cut entry leaves is every cell with fewer seeds.
+            for seed, budget, data, model, mode, method in itertools.product(
+                *(entry[key] for key in ("seeds", "budgets", "data", "models", "batch_norm", "methods"))
+            ):
+                found.setdefault(Run(Group(data, model, method, mode), budget, seed))
+        return list(found)
+
+    def shard(self, number: int, of: int) -> list[Run]:
+        """The runs of every `of`-th group, from the `number`-th (1 .. of)."""
+        runs = self.runs()
+        groups = list(dict.fromkeys(run.group for run in runs))
+        mine = set(groups[number - 1 :: of])
+        return [run for run in runs if run.group in mine]
+
+    def trials(self, group: Group, runs: Sequence[Run]) -> list[Run]:
+        """The runs that find the learning rate of `group`, at its tuning budget; none if there is but one rate."""
+        if len(self.tuning.lr) == 1:
+            return []
+        has_budget = any(run.budget is not None for run in runs if run.group == group)
+        budget = self.methods[group.method].get("tuned_at", self.tuning.budget) if has_budget else None
+        return [Run(group, budget, seed, lr) for seed in self.tuning.seeds for lr in self.tuning.lr]
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """Options of `sparse-bwd finetune` for a run, without data, weights and learning rate."""
+        group = run.group
+        options = dict(self.recipe)
+        options |= self.data[group.data].get("options", {})
+        options |= self.models[group.model].get("options", {})
+        options |= self.methods[group.method]["options"]
+        if run.budget is not None:
+            options |= self._spend(run)
+        return {**options, "batch_norm": group.batch_norm, "seed": run.seed}
+
+    def _spend(self, run: Run) -> dict[str, str]:
+        """The budget of a run in the words of its policy."""
+        assert run.budget is not None
+        entry = self.budgets.get(run.budget, {"ours": run.budget})
+        entry = entry.get(run.group.model, entry)
+        policy = self.methods[run.group.method]["options"]["policy"]
+        word = "scheme" if policy == "sparse-update" else "ours"
+        if word not in entry:
+            raise UserError(
+                f"The plan's budget '{run.budget}' has no {word} for {run.group.model}, which the method "
+                f"'{run.group.method}' needs."
+            )
+        return {"scheme" if word == "scheme" else "budget": str(entry[word])}
+
+    def config(
+        self, run: Run, sources: Mapping[str, str], weights: Mapping[str, str], lr: float
+    ) -> RunConfig:
+        """The whole configuration of a run. UserError for what makes no sense."""
+        options = self.options(run)
+        base = RunConfig(run.group.model, sources[run.group.data])
+        held = {"validation": self.tuning.validation} if run.lr is not None else {}
+        weights_of = {"weights": weights.get(run.group.model, "none")}
+        return configure(base, {**options, **held, **weights_of, "lr": lr})
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file. UserError, in a sentence, for what is not one or refers to what it does not define."""
+    try:
+        words = json.loads(path.read_text())
+        if words.get("version") != VERSION:
+            raise UserError(
+                f"The plan {path} has version {words.get('version')}; this runner reads {VERSION}."
+            )
+        if unknown := sorted(set(words) - _KEYS):
+            raise UserError(
+                f"The plan {path} has the unknown fields {', '.join(unknown)}; see benchmarks/accuracy/plan.py."
+            )
+        tuning = _tuning(**words["tuning"])
+        plan = Plan(**{k: v for k, v in words.items() if k not in ("version", "tuning")}, tuning=tuning)
+        _check(plan)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"The plan {path} cannot be read: {type(error).__name__}: {error}.") from error
+    return plan
+
+
+def _tuning(lr: Any, seeds: Sequence[int] = (0,), **rest: Any) -> Tuning:
+    rates = tuple(float(rate) for rate in (lr if isinstance(lr, list) else [lr]))
+    return Tuning(lr=rates, seeds=tuple(seeds), **rest)
+
+
+def _check(plan: Plan) -> None:
+    """Every name in the grid is defined, and every run has a configuration."""
+    for number, entry in enumerate(plan.grid, 1):
+        if missing := [key for key in _LISTS if not isinstance(entry.get(key), list) or not entry[key]]:
+            raise UserError(
+                f"Entry {number} of the plan's grid needs a list that is not empty for: {', '.join(missing)}."
+            )
+        for key in ("data", "models", "methods"):
+            if absent := sorted(set(entry[key]) - set(getattr(plan, key))):
+                raise UserError(
+                    f"Entry {number} of the plan's grid names {key} that the plan does not define: {', '.join(absent)}."
+                )
+    runs = plan.runs()
+    places = {name: name for name in plan.data}
+    for run in (*runs, *_all_trials(plan, runs)):
+        plan.config(run, places, {}, run.lr or plan.tuning.lr[0])
+
+
+def _all_trials(plan: Plan, runs: Sequence[Run]) -> Iterator[Run]:
+    for group in dict.fromkeys(run.group for run in runs):
+        yield from plan.trials(group, runs)
