@@ -122,6 +122,7 @@ def _measured(result: dict[str, Any], job: Job) -> dict[str, Any]:
         "layers": result["layers"],
         "trained_parameters": result["trained_parameters"],
         "ms_per_step": result["ms_per_step"],
+        "steps": result["steps"],
         "choosing_seconds": round(sum(line["seconds"] for line in selections), 4),
         "selection": f"runs/{job.run.name}/{LOG}",
         "warnings": result["warnings"],

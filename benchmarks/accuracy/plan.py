@@ -11,6 +11,7 @@
                a budget that is not named here is what --budget takes
     tuning     {"lr": [...], "validation": share of the training images, "seeds": [...], "budget": budget}; or
                {"lr": value} for one rate without trials
+    compare    [[method, method], ...]: pairs whose difference the report tests
     grid       [{"data", "models", "methods", "budgets", "batch_norm", "seeds": lists}, ...], the most valuable first;
                a method without a budget has "budgets": [null]
 
@@ -31,7 +32,19 @@ from sparse_bwd.training import RunConfig, UserError, configure
 
 VERSION = 2
 _LISTS = ("data", "models", "methods", "budgets", "batch_norm", "seeds")
-_KEYS = {"version", "title", "about", "recipe", "data", "models", "methods", "budgets", "tuning", "grid"}
+_KEYS = {
+    "version",
+    "title",
+    "about",
+    "recipe",
+    "data",
+    "models",
+    "methods",
+    "budgets",
+    "tuning",
+    "compare",
+    "grid",
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,7 @@ class Plan:
     grid: list[dict[str, Any]]
     tuning: Tuning
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compare: list[list[str]] = field(default_factory=list)
     about: list[str] = field(default_factory=list)
 
     def runs(self) -> list[Run]:
@@ -202,6 +216,8 @@ def _check(plan: Plan) -> None:
                 raise UserError(
                     f"Entry {number} of the plan's grid names {key} that the plan does not define: {', '.join(absent)}."
                 )
+    if absent := sorted({method for pair in plan.compare for method in pair} - set(plan.methods)):
+        raise UserError(f"The plan compares methods that it does not define: {', '.join(absent)}.")
     runs = plan.runs()
     places = {name: name for name in plan.data}
     for run in (*runs, *_all_trials(plan, runs)):

@@ -80,6 +80,7 @@ def summarise(trainer: Trainer, memory: dict[str, int]) -> dict[str, Any]:
         "resident_bytes": memory.get("resident"),
         "training_bytes": memory.get("training"),
         "ms_per_step": round(statistics.median(trainer.step_ms), 3) if trainer.step_ms else None,
+        "steps": trainer.step,
         "seed": config.seed,
         "epochs": trainer.history,
         "warnings": find_collapse(trainer.history, len(trainer.prepared.classes)),
