@@ -4,7 +4,8 @@
         --weights mobilenet_v2=FILE --out DIR --jobs 2
 
 DIR/runs.jsonl gets a line per finished run. After a stop or a kill at any moment the same command goes on. With
-`--shard i/n` (n processes or machines, one folder) a shard writes runs-i-of-n.jsonl.
+`--shard i/n` (n processes or machines, one folder) a shard writes runs-i-of-n.jsonl. `--report STEM` writes, from what
+is finished, STEM.md, its figures, and STEM.jsonl, in place of running.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         plan = read_plan(options.plan)
+        if options.report:
+            from benchmarks.accuracy.report import report
+
+            print(report(plan, Records(options.out), options.report))
+            return 0
         return run(plan, options)
     except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--shard", default="1/1", metavar="I/N", help="every n-th group of runs, from the i-th"
     )
+    found.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
+    found.add_argument("--report", type=Path, metavar="STEM")
     return found
 
 
@@ -72,7 +80,9 @@ def run(plan: Plan, options: argparse.Namespace) -> int:
     }  # fmt: skip
     with _alone(options.out / f".{name}.lock"):
         records = Records(options.out, name)
-        grid = Grid(plan, runs, options.out, records, sources, weights, runtime, options.jobs)
+        grid = Grid(
+            plan, runs, options.out, records, sources, weights, runtime, options.jobs, options.minutes
+        )
         return 1 if grid.carry_out() else 0
 
 

@@ -6,6 +6,7 @@ A run starts when the learning rate of its group is known; the trials for it com
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Grid:
     """The runs of one shard.
 
     sources: data name -> what to open; weights: model name -> file or torchvision name; runtime: of every run, see
-    `sparse_bwd.training.Runtime`.
+    `sparse_bwd.training.Runtime`. jobs: processes. minutes: after these, running jobs leave a checkpoint and it ends.
     """
 
     plan: Plan
@@ -38,6 +39,7 @@ class Grid:
     weights: Mapping[str, str]
     runtime: dict[str, Any]
     jobs: int = 1
+    minutes: float | None = None
     trials: dict[Group, list[Run]] = field(init=False)
     started: set[Run] = field(default_factory=set)
 
@@ -80,6 +82,7 @@ class Grid:
         troubles: list[str] = []
         workers = Workers(self.jobs)
         missing = [run for run in self.all if not self.records.get(run)]
+        end = None if self.minutes is None else time.monotonic() + 60 * self.minutes
         with (
             _stopping(workers),
             tqdm(total=len(self.all), initial=len(self.all) - len(missing), unit="run") as bar,
@@ -88,7 +91,10 @@ class Grid:
                 self._feed(workers)
                 if not workers.busy:
                     return troubles
-                for worker in workers.wait():
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    raise KeyboardInterrupt
+                for worker in workers.wait(left):
                     assert worker.job is not None
                     name = worker.job.run.name
                     try:
@@ -119,7 +125,7 @@ def _line(name: str, record: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _stopping(workers: Workers) -> Iterator[None]:
-    """Ctrl-C and SIGTERM: every running job leaves a checkpoint first, then the runner ends."""
+    """Ctrl-C, SIGTERM and the end of the time: every running job leaves a checkpoint first, then the runner ends."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt

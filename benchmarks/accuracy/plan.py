@@ -5,10 +5,11 @@
     recipe     options of every run, as those of `sparse-bwd finetune` with underscores ("epochs": 5, "image_size": 96)
     data       name -> {"source": a torchvision data set, or null: given by --data NAME=FOLDER; "layout": how such a
                folder looks, where it is not one folder per class; "options": of runs on it}
-    models     name -> {"options": of runs of it}; what to start from is given by --weights NAME=FILE
-    methods    name -> {"options": {"policy": ..., "axis": ...}, "tuned_at": budget, "published": name of its rows}
+    models     name -> {"options": of runs of it}; what to start from is "weights" there or --weights NAME=FILE
+    methods    name -> {"options": {"policy": ..., "axis": ...}, "tuned_at": budget, "published": its row in the paper}
     budgets    name -> {"ours": what --budget takes, "scheme": of sparse-update} or, where it differs, {model: {...}};
-               a budget that is not named here is what --budget takes
+               a budget that is not named here is what --budget takes; "first": "scheme" of a method is its scheme
+    published  the table of the paper whose setting this is, if it is one (`published.py`)
     tuning     {"lr": [...], "validation": share of the training images, "seeds": [...], "budget": budget}; or
                {"lr": value} for one rate without trials
     compare    [[method, method], ...]: pairs whose difference the report tests
@@ -32,19 +33,8 @@ from sparse_bwd.training import RunConfig, UserError, configure
 
 VERSION = 2
 _LISTS = ("data", "models", "methods", "budgets", "batch_norm", "seeds")
-_KEYS = {
-    "version",
-    "title",
-    "about",
-    "recipe",
-    "data",
-    "models",
-    "methods",
-    "budgets",
-    "tuning",
-    "compare",
-    "grid",
-}
+_OPTIONAL = {"about", "budgets", "compare", "published"}
+_KEYS = {"version", "title", "recipe", "data", "models", "methods", "tuning", "grid", *_OPTIONAL}
 
 
 @dataclass(frozen=True)
@@ -115,6 +105,7 @@ class Plan:
     tuning: Tuning
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
     compare: list[list[str]] = field(default_factory=list)
+    published: int | None = None
     about: list[str] = field(default_factory=list)
 
     def runs(self) -> list[Run]:
@@ -151,22 +142,30 @@ class Plan:
         options |= self.models[group.model].get("options", {})
         options |= self.methods[group.method]["options"]
         if run.budget is not None:
-            options |= self._spend(run)
+            options |= self._spend(run, options)
         return {**options, "batch_norm": group.batch_norm, "seed": run.seed}
 
-    def _spend(self, run: Run) -> dict[str, str]:
+    def spends(self, budget: str, model: str) -> dict[str, str]:
+        """What a budget of the plan is for a model: "ours" and "scheme", as far as it has them."""
+        entry = self.budgets.get(budget, {"ours": budget})
+        found: dict[str, str] = entry.get(model, entry)
+        return found
+
+    def _spend(self, run: Run, options: Mapping[str, Any]) -> dict[str, str]:
         """The budget of a run in the words of its policy."""
         assert run.budget is not None
-        entry = self.budgets.get(run.budget, {"ours": run.budget})
-        entry = entry.get(run.group.model, entry)
-        policy = self.methods[run.group.method]["options"]["policy"]
-        word = "scheme" if policy == "sparse-update" else "ours"
-        if word not in entry:
+        entry = self.spends(run.budget, run.group.model)
+        by_scheme = options["policy"] == "sparse-update"
+        needed = {"scheme"} if by_scheme else {"ours"}
+        if options.get("first") == "scheme":
+            needed.add("scheme")
+        if missing := sorted(needed - set(entry)):
             raise UserError(
-                f"The plan's budget '{run.budget}' has no {word} for {run.group.model}, which the method "
+                f"The plan's budget '{run.budget}' has no {missing[0]} for {run.group.model}, which the method "
                 f"'{run.group.method}' needs."
             )
-        return {"scheme" if word == "scheme" else "budget": str(entry[word])}
+        spent = {"scheme": str(entry["scheme"])} if by_scheme else {"budget": str(entry["ours"])}
+        return {**spent, "first": str(entry["scheme"])} if options.get("first") == "scheme" else spent
 
     def config(
         self, run: Run, sources: Mapping[str, str], weights: Mapping[str, str], lr: float
@@ -175,8 +174,8 @@ class Plan:
         options = self.options(run)
         base = RunConfig(run.group.model, sources[run.group.data])
         held = {"validation": self.tuning.validation} if run.lr is not None else {}
-        weights_of = {"weights": weights.get(run.group.model, "none")}
-        return configure(base, {**options, **held, **weights_of, "lr": lr})
+        start = weights.get(run.group.model) or options.get("weights", "none")
+        return configure(base, {**options, **held, "weights": start, "lr": lr})
 
 
 def read_plan(path: Path) -> Plan:

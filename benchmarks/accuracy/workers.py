@@ -80,10 +80,10 @@ class Workers:
     def busy(self) -> list[Worker]:
         return [worker for worker in self.all if worker.job is not None]
 
-    def wait(self) -> list[Worker]:
-        """Those that have finished, or have ended; at least one."""
+    def wait(self, seconds: float | None = None) -> list[Worker]:
+        """Those that have finished, or have ended; none after so many seconds."""
         pipes = {worker.pipe: worker for worker in self.busy}
-        ready: Sequence[Any] = wait(list(pipes))
+        ready: Sequence[Any] = wait(list(pipes), seconds)
         return [pipes[pipe] for pipe in ready]
 
     def stop(self) -> None:

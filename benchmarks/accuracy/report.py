@@ -1,0 +1,132 @@
+"""The page of a grid: STEM.md with its figures beside it, and STEM.jsonl, the runs that they are made from."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import figures, published, tables
+from benchmarks.accuracy.cells import Cell, cells
+from benchmarks.accuracy.plan import Plan
+from benchmarks.accuracy.records import Records
+from benchmarks.accuracy.significance import compare
+from benchmarks.accuracy.tuning import mean_accuracies
+from sparse_bwd.measure.machine import command_line, commit, machine
+from sparse_bwd.training import UserError
+from sparse_bwd.training.files import write_text
+
+
+def report(plan: Plan, records: Records, stem: Path) -> str:
+    """Writes everything; returns the page. UserError if not one run of the plan is finished."""
+    wanted = [run for run in plan.runs() if records.get(run)]
+    if not wanted:
+        raise UserError(f"No run of this plan is finished in {records.path.parent}; run it first.")
+    runs = [record for run in wanted if (record := records.get(run)) is not None]
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    lines = [*records.all("trial"), *runs]
+    write_text(stem.with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+    text = page(plan, runs, records.all("trial"), stem)
+    write_text(stem.with_suffix(".md"), text)
+    return text
+
+
+def page(
+    plan: Plan, runs: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str, Any]], stem: Path
+) -> str:
+    """The page as Markdown; draws its figures."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells(runs):
+        groups.setdefault((cell.model, cell.batch_norm), []).append(cell)
+    parts = [f"# {plan.title}", "\n".join(f"- {text}" for text in plan.about), _state(plan, runs)]
+    for (model, mode), members in groups.items():
+        name = f"{stem.name}-{model}-{mode}".replace(":", "-")
+        parts += [f"## {model}, norms in mode '{mode}'", tables.accuracy_table(members)]
+        parts += [f"![{label}]({figure})" for label, figure in _figures(members, stem.parent, name)]
+        parts += [published.beside(plan, members), tables.cost_table(members)]
+    if plan.compare:
+        parts += ["## Differences", _pairs(), tables.comparison_table(compare(runs, plan.compare))]
+    if trials:
+        parts += ["## Learning rates", "Accuracy on held-back images; the best is used.", _rates(trials)]
+    parts += [_troubles(runs), _origin(runs)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _state(plan: Plan, runs: Sequence[Mapping[str, Any]]) -> str:
+    asked = len(plan.runs())
+    cut = (
+        ""
+        if len(runs) == asked
+        else f" of the {asked} of the plan, the most valuable first; the rest was not run"
+    )
+    words = "Accuracy: mean ± standard deviation over the seeds, in percent; bold: best of its budget"
+    return f"{len(runs)} runs{cut}. {words}."
+
+
+def _figures(members: Sequence[Cell], folder: Path, name: str) -> list[tuple[str, str]]:
+    """Against weights (those with such a budget), memory and time."""
+    by_weights = [cell for cell in members if not (cell.budget or "").endswith("B")]
+    asked: list[tuple[str, str, Sequence[Cell], figures.Place, bool]] = [
+        (
+            "weights",
+            "weights trained, thousands",
+            by_weights,
+            lambda c: c.mean("trained_weights") / 1e3,
+            False,
+        ),
+        ("memory", "memory of training (MiB)", members, lambda c: c.training_mib, True),
+        ("time", "time of training (s)", members, training_seconds, True),
+    ]
+    found = []
+    for what, label, shown, place, front in asked:
+        if any(cell.runs for cell in shown):
+            path = folder / f"{name}-{what}.png"
+            found.append((f"Accuracy against {label}", figures.draw(shown, place, label, path, front)))
+    return found
+
+
+def training_seconds(cell: Cell) -> float:
+    """Mean over the seeds: median step times the steps, and all selections; without loading and testing."""
+    seconds = [run["steps"] * run["ms_per_step"] / 1000 + run["choosing_seconds"] for run in cell.runs]
+    return statistics.fmean(seconds)
+
+
+def _pairs() -> str:
+    return (
+        "Pairs share images, budget and seed. p: two-sided sign-flip test of the pairs, corrected after Holm over all "
+        "rows; pairs of one data set share their test images, so that p speaks of these data sets alone."
+    )
+
+
+def _rates(trials: Sequence[Mapping[str, Any]]) -> str:
+    methods: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for trial in trials:
+        name = f"{trial['method']} ({trial['batch_norm']})"
+        methods.setdefault(name, {}).setdefault(trial["data"], []).append(trial)
+    return tables.rate_table(
+        [(name, {d: mean_accuracies(t) for d, t in found.items()}) for name, found in methods.items()]
+    )
+
+
+def _troubles(runs: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for run in runs:
+        name = f"{run['method']}, {run['budget']}, {run['data']}, seed {run['seed']}"
+        if run["accuracy"] is None:
+            lines.append(f"- {name}: {run['failed']}: {run['error']}")
+        lines += [f"- {name}: warning: {text}" for text in run.get("warnings", [])]
+    return "\n".join(["## Runs that went wrong", "", *(lines or ["None."])])
+
+
+def _origin(runs: Sequence[Mapping[str, Any]]) -> str:
+    commits = ", ".join(sorted({run["commit"] for run in runs}))
+    versions = ", ".join(f"{name} {value}" for name, value in runs[-1]["versions"].items())
+    threads = ", ".join(sorted({str(run["threads"]) for run in runs if "threads" in run}))
+    where = machine()
+    return (
+        f"Runs made at commit {commits}; {threads} CPU thread(s) each, several at a time, so that times are upper "
+        f"estimates; {versions}. Reported at {commit(Path(__file__).parent)} on {where['processor']} by "
+        f"`{command_line('benchmarks.accuracy')}`."
+    )
