@@ -40,21 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    found.add_argument("--plan", type=Path, required=True)
-    found.add_argument("--out", type=Path, required=True)
-    found.add_argument(
-        "--data", action="append", default=[], metavar="NAME=PLACE", help="folder or zip archive"
-    )
-    found.add_argument("--weights", action="append", default=[], metavar="MODEL=FILE")
-    found.add_argument("--data-root", type=Path, default=Path("data"), help="of torchvision's data sets")
+    found = common_parser("python -m benchmarks.accuracy", __doc__)
     found.add_argument("--download", action="store_true", help="fetch torchvision's data sets")
     found.add_argument("--device", default="cpu")
-    found.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
     found.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     found.add_argument(
         "--shard", default="1/1", metavar="I/N", help="every n-th group of runs, from the i-th"
@@ -64,15 +52,28 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def common_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """What every command about a plan takes."""
+    found = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--plan", type=Path, required=True)
+    found.add_argument("--out", type=Path, required=True)
+    found.add_argument(
+        "--data", action="append", default=[], metavar="NAME=PLACE", help="folder or zip archive"
+    )
+    found.add_argument("--weights", action="append", default=[], metavar="MODEL=FILE")
+    found.add_argument("--data-root", type=Path, default=Path("data"), help="of torchvision's data sets")
+    found.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
+    return found
+
+
 def run(plan: Plan, options: argparse.Namespace) -> int:
     """Everything of the plan that is missing in the folder."""
     number, of = _shard(options.shard)
     options.out.mkdir(parents=True, exist_ok=True)
     runs = plan.shard(number, of)
-    sources = find_data(plan, runs, options)
-    weights = dict(_pair(text, "--weights") for text in options.weights)
-    if unknown := sorted(set(weights) - set(plan.models)):
-        raise UserError(f"The plan has no model {', '.join(unknown)}; it has {', '.join(plan.models)}.")
+    sources, weights = find_data(plan, runs, options, options.download), find_weights(plan, options)
     name = "runs.jsonl" if of == 1 else f"runs-{number}-of-{of}.jsonl"
     runtime = {
         "device": options.device, "threads": options.threads, "data_root": options.data_root,
@@ -100,7 +101,17 @@ def _pair(text: str, option: str) -> tuple[str, str]:
     return name, str(Path(place).resolve()) if Path(place).exists() else place
 
 
-def find_data(plan: Plan, runs: Sequence[Run], options: argparse.Namespace) -> dict[str, str]:
+def find_weights(plan: Plan, options: argparse.Namespace) -> dict[str, str]:
+    """Model -> what --weights gives for it."""
+    weights = dict(_pair(text, "--weights") for text in options.weights)
+    if unknown := sorted(set(weights) - set(plan.models)):
+        raise UserError(f"The plan has no model {', '.join(unknown)}; it has {', '.join(plan.models)}.")
+    return weights
+
+
+def find_data(
+    plan: Plan, runs: Sequence[Run], options: argparse.Namespace, download: bool = False
+) -> dict[str, str]:
     """Where every data set of the runs is, opened once so that a missing one is said before the first run."""
     given = dict(_pair(text, "--data") for text in options.data)
     if unknown := sorted(set(given) - set(plan.data)):
@@ -118,7 +129,7 @@ def find_data(plan: Plan, runs: Sequence[Run], options: argparse.Namespace) -> d
             )
         if Path(place).is_file():
             place = str(unpack(Path(place), options.out / "data" / name))
-        open_source(place, DataOptions(options.data_root, options.download))
+        open_source(place, DataOptions(options.data_root, download))
         found[name] = place
     return found
 

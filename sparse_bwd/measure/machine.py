@@ -61,7 +61,12 @@ def slug(name: str) -> str:
 
 def command_line(module: str) -> str:
     """How this process was started as `python -m module ...`, with absolute paths by their names alone."""
-    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+
+    def short(word: str) -> str:
+        name, equals, place = word.rpartition("=")  # of --option NAME=PLACE
+        return f"{name}{equals}{Path(place).name}" if Path(place).is_absolute() else word
+
+    words = (short(word) for word in sys.argv[1:])
     return f"python -m {module} {shlex.join(words)}".rstrip()
 
 
