@@ -130,8 +130,8 @@ def page(record: Mapping[str, Any]) -> str:
     about = (
         f"{first['epochs']} epochs of {first['steps']} steps. Later ones: median over {record['rounds']} interleaved "
         "rounds; the first one also makes what the policy keeps. All of a step of the policy counts: measuring, "
-        "choosing, predicting under a budget of bytes, applying the selection and moving the optimizer's state. At most "
-        "while choosing: above what was alive before."
+        "choosing, predicting under a budget of bytes, applying the selection and moving the optimizer's state. At "
+        "most while choosing: above what was alive before."
     )
     where = record["machine"]
     origin = (
