@@ -20,13 +20,14 @@ def test_choosing_is_measured_for_every_case(
         "velocity, exact": {"options": {"policy": "velocity", "velocity": "exact"}},
         "random": {"options": {"policy": "random"}},
     }
-    entry = {"data": ["digits"], "models": [TINY], "batch_norm": ["bias"], "seeds": [0]}
+    entry = {"data": ["digits"], "models": [TINY], "batch_norm": ["bias"], "seeds": [0, 1]}
     grid = [
         {**entry, "methods": list(methods), "budgets": ["small"]},
         {**entry, "methods": ["random"], "budgets": ["700KiB"]},
     ]
     plan = accuracy_plan.write(tmp_path, methods=methods, grid=grid, tuning={"lr": 0.1})
     words = ["choosing", "--plan", str(plan), "--out", str(tmp_path / "out"), "--rounds", "3"]
+    words += ["--report", str(tmp_path / "out" / "choosing")]
     monkeypatch.setattr(sys, "argv", words)
     assert choosing.main() == 0
     record = json.loads((tmp_path / "out" / "choosing.json").read_text())
@@ -50,6 +51,10 @@ def test_a_case_that_cannot_start_is_named(
 ) -> None:
     entry = {**accuracy_plan.words()["grid"][0], "methods": ["random"], "budgets": ["1KiB"], "seeds": [0]}
     plan = accuracy_plan.write(tmp_path, grid=[entry], tuning={"lr": 0.1})
-    monkeypatch.setattr(sys, "argv", ["choosing", "--plan", str(plan), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["choosing", "--plan", str(plan), "--out", str(tmp_path), "--report", str(tmp_path / "r")],
+    )
     assert choosing.main() == 2
     assert "The case 'random' cannot start: The budget of 1,024 bytes" in capsys.readouterr().err

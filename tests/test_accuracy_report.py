@@ -17,7 +17,7 @@ from benchmarks.accuracy.cells import cells
 from benchmarks.accuracy.figures import pareto, styles
 from benchmarks.accuracy.plan import Plan, read_plan
 from benchmarks.accuracy.records import Records
-from benchmarks.accuracy.report import training_seconds
+from benchmarks.accuracy.report import read_times, training_seconds
 from benchmarks.accuracy.significance import compare, holm, interval, sign_flip, spread
 from tests import accuracy_plan
 from tests.accuracy_plan import TINY
@@ -133,6 +133,15 @@ def test_cells_keep_what_failed_apart() -> None:
     )
     assert len(found) == 1 and len(found[0].runs) == len(found[0].failed) == 1
     assert training_seconds(found[0]) == pytest.approx(100 * 0.02 + 1.5)
+
+
+def test_times_of_another_file_take_the_place_of_the_runs_own(tmp_path: Path) -> None:
+    path = tmp_path / "times.json"
+    row = {"model": TINY, "method": "a", "batch_norm": "bias", "budget": "b"}
+    measured = {"first_seconds": 3.0, "later_seconds": 0.5, "step_seconds": 0.01}
+    path.write_text(json.dumps({"rows": [{**row, **measured}]}))
+    (cell,) = cells([record("a", "d", "b", 0, 0.5, epochs=4)])
+    assert training_seconds(cell, read_times(path)) == pytest.approx(3 + 3 * 0.5 + 100 * 0.01)
 
 
 def test_budgets_are_ordered_by_kind_and_size() -> None:

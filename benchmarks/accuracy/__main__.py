@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.report:
             from benchmarks.accuracy.report import report
 
-            print(report(plan, Records(options.out), options.report))
+            print(report(plan, Records(options.out), options.report, options.times))
             return 0
         return run(plan, options)
     except (UserError, ValueError, OSError) as error:
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
     found.add_argument("--report", type=Path, metavar="STEM")
+    found.add_argument("--times", type=Path, help="of the report: what benchmarks.accuracy.choosing wrote")
     return found
 
 

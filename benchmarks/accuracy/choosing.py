@@ -1,10 +1,11 @@
 """What choosing costs: seconds and bytes of a policy's steps, beside those of the training between them.
 
     python -m benchmarks.accuracy.choosing --plan benchmarks/plans/choosing.json --data signs=signs.zip \
-        --weights mobilenet_v2=FILE --out benchmarks/results/accuracy
+        --weights mobilenet_v2=FILE --out DIR --report benchmarks/results/accuracy/choosing
 
-Every case of the plan is prepared as a run of it, in one process; then training steps and steps of the policies take
-turns. Writes choosing.json and choosing.md. Nothing else should run on the machine.
+Every case of the plan (the first seed and data set of each) is prepared as a run of it, in one process; then training
+steps and steps of the policies take turns. Writes STEM.json, which `--times` of the grid's report takes, and STEM.md.
+Nothing else should run on the machine.
 
     share = (first + (epochs - 1) later) / (the same + epochs x steps x step)
 """
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 import sparse_bwd as sb
 from benchmarks.accuracy.__main__ import common_parser, find_data, find_weights
 from benchmarks.accuracy.cells import MIB
-from benchmarks.accuracy.plan import Run, read_plan
+from benchmarks.accuracy.plan import Plan, Run, read_plan
 from benchmarks.accuracy.tables import row
 from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.measure.meter import Meter, quantiles
@@ -90,11 +91,20 @@ class Case:
         assert report is not None
         return {
             "method": self.run.group.method, "budget": self.run.budget, "data": self.run.group.data,
-            "model": self.run.group.model, "step_seconds": step, "first_seconds": self.first_seconds,
+            "model": self.run.group.model, "batch_norm": self.run.group.batch_norm,
+            "step_seconds": step, "first_seconds": self.first_seconds,
             "later_seconds": later, "later_samples_ms": list(samples["choose"]), "epochs": epochs, "steps": steps,
             "choosing_seconds": choosing, "share": choosing / (choosing + epochs * steps * step),
             "held_bytes": self.prepared.policy.velocity_bytes, "peak_bytes": peak, "trained_weights": report.cost,
         }  # fmt: skip
+
+
+def cases_of(plan: Plan) -> list[Run]:
+    """The first run of every model, method, batch-norm mode and budget: seeds and data sets take the same time."""
+    found: dict[tuple[str | None, ...], Run] = {}
+    for run in plan.runs():
+        found.setdefault((run.group.model, run.group.method, run.group.batch_norm, run.budget), run)
+    return list(found.values())
 
 
 def measure(configs: Mapping[Run, RunConfig], runtime: Runtime, rounds: int) -> list[dict[str, Any]]:
@@ -148,6 +158,7 @@ def _mib(size: int | None) -> str:
 def main() -> int:
     parser = common_parser("python -m benchmarks.accuracy.choosing", __doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--report", type=Path, required=True, metavar="STEM")
     options = parser.parse_args()
     try:
         return write(options)
@@ -158,10 +169,12 @@ def main() -> int:
 
 def write(options: argparse.Namespace) -> int:
     """Measures and writes both files."""
-    plan = read_plan(options.plan)
-    options.out.mkdir(parents=True, exist_ok=True)
-    sources, weights = find_data(plan, plan.runs(), options), find_weights(plan, options)
-    configs = {run: plan.config(run, sources, weights, plan.tuning.lr[0]) for run in plan.runs()}
+    plan, stem = read_plan(options.plan), options.report
+    for folder in (options.out, stem.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    runs = cases_of(plan)
+    sources, weights = find_data(plan, runs, options), find_weights(plan, options)
+    configs = {run: plan.config(run, sources, weights, plan.tuning.lr[0]) for run in runs}
     runtime = Runtime(options.out, threads=options.threads, data_root=options.data_root, quiet=True)
     rows = measure(configs, runtime, options.rounds)
     record = {
@@ -169,8 +182,8 @@ def write(options: argparse.Namespace) -> int:
         "machine": machine(), "commit": commit(Path(__file__).parent),
         "command": command_line("benchmarks.accuracy.choosing"),
     }  # fmt: skip
-    write_json(options.out / "choosing.json", record)
-    write_text(options.out / "choosing.md", page(record))
+    write_json(stem.with_suffix(".json"), record)
+    write_text(stem.with_suffix(".md"), page(record))
     print(page(record))
     return 0
 

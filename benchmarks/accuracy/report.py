@@ -18,9 +18,15 @@ from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.training import UserError
 from sparse_bwd.training.files import write_text
 
+Times = Mapping[tuple[str | None, ...], Mapping[str, Any]]
 
-def report(plan: Plan, records: Records, stem: Path) -> str:
-    """Writes everything; returns the page. UserError if not one run of the plan is finished."""
+
+def report(plan: Plan, records: Records, stem: Path, times: Path | None = None) -> str:
+    """Writes everything; returns the page. UserError if not one run of the plan is finished.
+
+    times: what `benchmarks.accuracy.choosing` wrote of this plan; None: the times of the runs themselves, which had
+    company on the machine.
+    """
     wanted = [run for run in plan.runs() if records.get(run)]
     if not wanted:
         raise UserError(f"No run of this plan is finished in {records.path.parent}; run it first.")
@@ -28,13 +34,17 @@ def report(plan: Plan, records: Records, stem: Path) -> str:
     stem.parent.mkdir(parents=True, exist_ok=True)
     lines = [*records.all("trial"), *runs]
     write_text(stem.with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
-    text = page(plan, runs, records.all("trial"), stem)
+    text = page(plan, runs, records.all("trial"), stem, read_times(times) if times else None)
     write_text(stem.with_suffix(".md"), text)
     return text
 
 
 def page(
-    plan: Plan, runs: Sequence[Mapping[str, Any]], trials: Sequence[Mapping[str, Any]], stem: Path
+    plan: Plan,
+    runs: Sequence[Mapping[str, Any]],
+    trials: Sequence[Mapping[str, Any]],
+    stem: Path,
+    times: Times | None = None,
 ) -> str:
     """The page as Markdown; draws its figures."""
     groups: dict[tuple[str, str], list[Cell]] = {}
@@ -44,13 +54,13 @@ def page(
     for (model, mode), members in groups.items():
         name = f"{stem.name}-{model}-{mode}".replace(":", "-")
         parts += [f"## {model}, norms in mode '{mode}'", tables.accuracy_table(members)]
-        parts += [f"![{label}]({figure})" for label, figure in _figures(members, stem.parent, name)]
+        parts += [f"![{label}]({figure})" for label, figure in _figures(members, stem.parent, name, times)]
         parts += [published.beside(plan, members), tables.cost_table(members)]
     if plan.compare:
         parts += ["## Differences", _pairs(), tables.comparison_table(compare(runs, plan.compare))]
     if trials:
         parts += ["## Learning rates", "Accuracy on held-back images; the best is used.", _rates(trials)]
-    parts += [_troubles(runs), _origin(runs)]
+    parts += [_troubles(runs), _origin(runs, times)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -65,9 +75,10 @@ def _state(plan: Plan, runs: Sequence[Mapping[str, Any]]) -> str:
     return f"{len(runs)} runs{cut}. {words}."
 
 
-def _figures(members: Sequence[Cell], folder: Path, name: str) -> list[tuple[str, str]]:
+def _figures(members: Sequence[Cell], folder: Path, name: str, times: Times | None) -> list[tuple[str, str]]:
     """Against weights (those with such a budget), memory and time."""
     by_weights = [cell for cell in members if not (cell.budget or "").endswith("B")]
+    timed = [cell for cell in members if times is None or time_key(cell) in times]
     asked: list[tuple[str, str, Sequence[Cell], figures.Place, bool]] = [
         (
             "weights",
@@ -77,7 +88,7 @@ def _figures(members: Sequence[Cell], folder: Path, name: str) -> list[tuple[str
             False,
         ),
         ("memory", "memory of training (MiB)", members, lambda c: c.training_mib, True),
-        ("time", "time of training (s)", members, training_seconds, True),
+        ("time", "time of training (s)", timed, lambda c: training_seconds(c, times), True),
     ]
     found = []
     for what, label, shown, place, front in asked:
@@ -87,10 +98,27 @@ def _figures(members: Sequence[Cell], folder: Path, name: str) -> list[tuple[str
     return found
 
 
-def training_seconds(cell: Cell) -> float:
+def read_times(path: Path) -> Times:
+    """The rows of a file of `benchmarks.accuracy.choosing`, by what they are of."""
+    rows = json.loads(path.read_text())["rows"]
+    return {(row["model"], row["method"], row["batch_norm"], row["budget"]): row for row in rows}
+
+
+def time_key(cell: Cell) -> tuple[str | None, ...]:
+    """Of a cell in `read_times`."""
+    return cell.model, cell.method, cell.batch_norm, cell.budget
+
+
+def training_seconds(cell: Cell, times: Times | None = None) -> float:
     """Mean over the seeds: median step times the steps, and all selections; without loading and testing."""
-    seconds = [run["steps"] * run["ms_per_step"] / 1000 + run["choosing_seconds"] for run in cell.runs]
-    return statistics.fmean(seconds)
+    if times is None:
+        seconds = [run["steps"] * run["ms_per_step"] / 1000 + run["choosing_seconds"] for run in cell.runs]
+        return statistics.fmean(seconds)
+    found = times[time_key(cell)]
+    steps, epochs = cell.mean("steps"), cell.mean("epochs")
+    return float(
+        found["first_seconds"] + (epochs - 1) * found["later_seconds"] + steps * found["step_seconds"]
+    )
 
 
 def _pairs() -> str:
@@ -120,13 +148,16 @@ def _troubles(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["## Runs that went wrong", "", *(lines or ["None."])])
 
 
-def _origin(runs: Sequence[Mapping[str, Any]]) -> str:
+def _origin(runs: Sequence[Mapping[str, Any]], times: Times | None) -> str:
     commits = ", ".join(sorted({run["commit"] for run in runs}))
     versions = ", ".join(f"{name} {value}" for name, value in runs[-1]["versions"].items())
     threads = ", ".join(sorted({str(run["threads"]) for run in runs if "threads" in run}))
-    where = machine()
+    clock = (
+        "the runs' own, several at a time, so that they are upper estimates"
+        if times is None
+        else "of interleaved steps and selections in one process (`benchmarks.accuracy.choosing`)"
+    )
     return (
-        f"Runs made at commit {commits}; {threads} CPU thread(s) each, several at a time, so that times are upper "
-        f"estimates; {versions}. Reported at {commit(Path(__file__).parent)} on {where['processor']} by "
-        f"`{command_line('benchmarks.accuracy')}`."
+        f"Runs made at commit {commits}; {threads} CPU thread(s) each; {versions}. Times: {clock}. Reported at "
+        f"{commit(Path(__file__).parent)} on {machine()['processor']} by `{command_line('benchmarks.accuracy')}`."
     )
