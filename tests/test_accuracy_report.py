@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.accuracy import published, significance, tables
+from benchmarks.accuracy import epochs, published, significance, tables
 from benchmarks.accuracy.__main__ import main
 from benchmarks.accuracy.cells import cells
 from benchmarks.accuracy.figures import pareto, styles
@@ -32,7 +32,7 @@ def record(
         "data": data, "model": TINY, "method": method, "budget": budget, "batch_norm": "bias", "seed": seed,
         "stage": "run", "lr": 0.1, "accuracy": accuracy, "trained_weights": costs.get(method, 200), "channels": 20.0,
         "layers": 3, "saved_bytes": 2**20, "peak_bytes": 2**21, "training_bytes": 3 * 2**20, "backward_flops": 5e9,
-        "steps": 100, "ms_per_step": 20.0, "choosing_seconds": 1.5, "warnings": [], "versions": {"torch": "2"},
+        "accuracy_per_epoch": [None, accuracy], "train_accuracy_per_epoch": [0.3, 0.95], "steps": 100, "ms_per_step": 20.0, "choosing_seconds": 1.5, "warnings": [], "versions": {"torch": "2"},
         "commit": "abc", "threads": 1, **more,
     }  # fmt: skip
 
@@ -165,6 +165,23 @@ def test_the_front_is_what_nothing_beats() -> None:
 def test_a_dozen_methods_can_be_told_apart_in_grey() -> None:
     looks = styles([str(number) for number in range(12)])
     assert len({(look["marker"], look["linestyle"]) for look in looks.values()}) == 12
+
+
+# Epochs
+
+
+def test_the_gap_is_that_of_the_last_epoch(tmp_path: Path) -> None:
+    runs = [
+        record("random", "d", "b", seed, 0.5 + 0.1 * seed, accuracy_per_epoch=[0.7, 0.5 + 0.1 * seed])
+        for seed in range(2)
+    ]
+    (cell,) = epochs.followed(cells([*runs, record("full", "d", None, 0, 0.9)]))
+    assert epochs.gaps(cell) == pytest.approx([45, 35])
+    line = epochs.table([cell]).splitlines()[-1]
+    assert "| 95.0 ± 0.0 | 55.0 ± 7.1 | 40.0 ± 7.1 | 1.0 |" in line
+    assert epochs.draw([cell], tmp_path / "e.png") == "e.png"
+    with Image.open(tmp_path / "e.png") as image:
+        assert image.width == 1200
 
 
 # The paper

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import figures, published, tables
+from benchmarks.accuracy import epochs, figures, published, tables
 from benchmarks.accuracy.cells import Cell, cells
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.records import Records
@@ -56,6 +56,9 @@ def page(
         parts += [f"## {model}, norms in mode '{mode}'", tables.accuracy_table(members)]
         parts += [f"![{label}]({figure})" for label, figure in _figures(members, stem.parent, name, times)]
         parts += [published.beside(plan, members), tables.cost_table(members)]
+        if every := epochs.followed(members):
+            figure = epochs.draw(every, stem.parent / f"{name}-epochs.png")
+            parts += ["### Over the epochs", f"![Accuracy over the epochs]({figure})", epochs.table(every)]
     if plan.compare:
         parts += ["## Differences", _pairs(), tables.comparison_table(compare(runs, plan.compare))]
     if trials:
