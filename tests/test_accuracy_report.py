@@ -32,7 +32,8 @@ def record(
         "data": data, "model": TINY, "method": method, "budget": budget, "batch_norm": "bias", "seed": seed,
         "stage": "run", "lr": 0.1, "accuracy": accuracy, "trained_weights": costs.get(method, 200), "channels": 20.0,
         "layers": 3, "saved_bytes": 2**20, "peak_bytes": 2**21, "training_bytes": 3 * 2**20, "backward_flops": 5e9,
-        "accuracy_per_epoch": [None, accuracy], "train_accuracy_per_epoch": [0.3, 0.95], "steps": 100, "ms_per_step": 20.0, "choosing_seconds": 1.5, "warnings": [], "versions": {"torch": "2"},
+        "accuracy_per_epoch": [None, accuracy], "train_accuracy_per_epoch": [0.3, 0.95],
+        "steps": 100, "ms_per_step": 20.0, "choosing_seconds": 1.5, "warnings": [], "versions": {"torch": "2"},
         "commit": "abc", "threads": 1, **more,
     }  # fmt: skip
 

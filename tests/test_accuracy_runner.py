@@ -184,6 +184,37 @@ def test_runs_wait_for_the_trials_of_their_group(tmp_path: Path) -> None:
     assert grid.job(first).config.recipe.lr == 0.2
 
 
+def test_pretraining_comes_before_the_runs_of_its_model(tmp_path: Path) -> None:
+    pretraining = {
+        "data": "digits",
+        "batch_norm": "train",
+        "options": {"epochs": 1, "image_size": 16, "lr": 0.3},
+    }
+    changes: dict[str, Any] = {
+        "models": {TINY: {"pretraining": pretraining}}, "tuning": {"lr": 0.1},
+        "grid": accuracy_plan.words()["grid"][1:],
+    }  # fmt: skip
+    plan, records = a_plan(tmp_path, **changes), Records(tmp_path)
+    grid = Grid(plan, plan.runs(), tmp_path, records, {"digits": "digits"}, {}, {})
+    first = grid.next()
+    assert first is not None and first.group.method == "pretraining" and len(grid.all) == 3
+    config = grid.job(first).config
+    assert (config.policy, config.weights, config.recipe.lr, config.recipe.epochs) == ("full", "none", 0.3, 1)
+    grid.started.add(first)
+    assert grid.next() is None
+    records.add(record(method="pretraining", batch_norm="train", budget=None))
+    after = grid.next()
+    assert after is not None and after.group.method == "full"
+    assert grid.job(after).config.weights.endswith(f"{first.name}/model.safetensors")
+    given = Grid(
+        plan, plan.runs(), tmp_path / "other", Records(tmp_path), {"digits": "digits"}, {TINY: "w"}, {}
+    )
+    assert given.pretraining == {}, "weights that are given are not made"
+    changes["models"] = {TINY: {"pretraining": {**pretraining, "data": "letters"}}}
+    with pytest.raises(UserError, match=f"pretraining of {TINY} names data"):
+        a_plan(tmp_path, **changes)
+
+
 # The whole
 
 

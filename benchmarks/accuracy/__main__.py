@@ -118,7 +118,8 @@ def find_data(
     if unknown := sorted(set(given) - set(plan.data)):
         raise UserError(f"The plan has no data {', '.join(unknown)}; it has {', '.join(plan.data)}.")
     found = {}
-    for name in dict.fromkeys(run.group.data for run in runs):
+    first = [plan.pretraining(model) for model in dict.fromkeys(run.group.model for run in runs)]
+    for name in dict.fromkeys(run.group.data for run in (*first, *runs) if run is not None):
         entry = plan.data[name]
         place = given.get(name) or entry.get("source")
         if place is None:

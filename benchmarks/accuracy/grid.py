@@ -1,6 +1,7 @@
 """All runs of a plan, in the order of their value, by several processes; what is finished is never done again.
 
-A run starts when the learning rate of its group is known; the trials for it come right before the group's first run.
+A run starts when the weights of its model are there and the learning rate of its group is known; pretraining and the
+trials come right before the first run that needs them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.accuracy.records import Records
 from benchmarks.accuracy.tuning import best_rate
 from benchmarks.accuracy.workers import Workers
 from sparse_bwd.training import UserError
+from sparse_bwd.training.finish import MODEL
 
 
 @dataclass
@@ -41,16 +43,24 @@ class Grid:
     jobs: int = 1
     minutes: float | None = None
     trials: dict[Group, list[Run]] = field(init=False)
+    pretraining: dict[str, Run] = field(init=False)
     started: set[Run] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         groups = dict.fromkeys(run.group for run in self.runs)
         self.trials = {group: self.plan.trials(group, self.runs) for group in groups}
+        models = dict.fromkeys(group.model for group in groups)
+        found = {model: self.plan.pretraining(model) for model in models if model not in self.weights}
+        self.pretraining = {model: run for model, run in found.items() if run is not None}
 
     @property
     def all(self) -> list[Run]:
-        """Runs and trials."""
-        return [*(trial for trials in self.trials.values() for trial in trials), *self.runs]
+        """Pretraining, trials and runs."""
+        return [
+            *self.pretraining.values(),
+            *(trial for trials in self.trials.values() for trial in trials),
+            *self.runs,
+        ]
 
     def rate(self, group: Group) -> float | None:
         """The learning rate of a group; None while a trial is missing."""
@@ -64,6 +74,11 @@ class Grid:
         for run in self.runs:
             if run in self.started or self.records.get(run):
                 continue
+            before = self.pretraining.get(run.group.model)
+            if before is not None and not self.records.get(before):
+                if before not in self.started:
+                    return before
+                continue
             if self.rate(run.group) is not None:
                 return run
             for trial in self.trials[run.group]:
@@ -73,9 +88,15 @@ class Grid:
 
     def job(self, run: Run) -> Job:
         """What a worker needs for a run."""
+        made = {
+            model: str(self.folder / "runs" / first.name / MODEL) for model, first in self.pretraining.items()
+        }
+        if run in self.pretraining.values():
+            return Job(run, self.plan.config(run, self.sources, {}, 0.0), self.folder, self.runtime)
         lr = run.lr if run.lr is not None else self.rate(run.group)
         assert lr is not None
-        return Job(run, self.plan.config(run, self.sources, self.weights, lr), self.folder, self.runtime)
+        config = self.plan.config(run, self.sources, {**self.weights, **made}, lr)
+        return Job(run, config, self.folder, self.runtime)
 
     def carry_out(self) -> list[str]:
         """Runs what is missing; returns what went wrong, one sentence per run."""

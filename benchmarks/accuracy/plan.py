@@ -5,7 +5,8 @@
     recipe     options of every run, as those of `sparse-bwd finetune` with underscores ("epochs": 5, "image_size": 96)
     data       name -> {"source": a torchvision data set, or null: given by --data NAME=FOLDER; "layout": how such a
                folder looks, where it is not one folder per class; "options": of runs on it}
-    models     name -> {"options": of runs of it}; what to start from is "weights" there or --weights NAME=FILE
+    models     name -> {"options": of runs of it}; what to start from is "weights" there or --weights NAME=FILE, or what
+               "pretraining": {"data", "batch_norm", "options"} makes before all runs of the model
     methods    name -> {"options": {"policy": ..., "axis": ...}, "tuned_at": budget, "published": its row in the paper}
     budgets    name -> {"ours": what --budget takes, "scheme": of sparse-update} or, where it differs, {model: {...}};
                a budget that is not named here is what --budget takes; "first": "scheme" of a method is its scheme
@@ -32,6 +33,7 @@ from typing import Any
 from sparse_bwd.training import RunConfig, UserError, configure
 
 VERSION = 2
+PRETRAINING = "pretraining"  # the method of a run that makes a model's weights
 _LISTS = ("data", "models", "methods", "budgets", "batch_norm", "seeds")
 _OPTIONAL = {"about", "budgets", "compare", "published"}
 _KEYS = {"version", "title", "recipe", "data", "models", "methods", "tuning", "grid", *_OPTIONAL}
@@ -134,9 +136,21 @@ class Plan:
         budget = self.methods[group.method].get("tuned_at", self.tuning.budget) if has_budget else None
         return [Run(group, budget, seed, lr) for seed in self.tuning.seeds for lr in self.tuning.lr]
 
+    def pretraining(self, model: str) -> Run | None:
+        """The run that makes the weights of a model; None if they are given."""
+        entry = self.models[model].get(PRETRAINING)
+        return (
+            None
+            if entry is None
+            else Run(Group(entry["data"], model, PRETRAINING, entry["batch_norm"]), None, 0)
+        )
+
     def options(self, run: Run) -> dict[str, Any]:
         """Options of `sparse-bwd finetune` for a run, without data, weights and learning rate."""
         group = run.group
+        if group.method == PRETRAINING:
+            own = self.models[group.model][PRETRAINING]["options"]
+            return {"policy": "full", **own, "batch_norm": group.batch_norm, "seed": run.seed}
         options = dict(self.recipe)
         options |= self.data[group.data].get("options", {})
         options |= self.models[group.model].get("options", {})
@@ -170,9 +184,11 @@ class Plan:
     def config(
         self, run: Run, sources: Mapping[str, str], weights: Mapping[str, str], lr: float
     ) -> RunConfig:
-        """The whole configuration of a run. UserError for what makes no sense."""
+        """The whole configuration of a run; `lr` is not that of pretraining. UserError for what makes no sense."""
         options = self.options(run)
         base = RunConfig(run.group.model, sources[run.group.data])
+        if run.group.method == PRETRAINING:
+            return configure(base, options)
         held = {"validation": self.tuning.validation} if run.lr is not None else {}
         start = weights.get(run.group.model) or options.get("weights", "none")
         return configure(base, {**options, **held, "weights": start, "lr": lr})
@@ -219,7 +235,11 @@ def _check(plan: Plan) -> None:
         raise UserError(f"The plan compares methods that it does not define: {', '.join(absent)}.")
     runs = plan.runs()
     places = {name: name for name in plan.data}
-    for run in (*runs, *_all_trials(plan, runs)):
+    for model, entry in plan.models.items():
+        if PRETRAINING in entry and entry[PRETRAINING]["data"] not in plan.data:
+            raise UserError(f"The pretraining of {model} names data that the plan does not define.")
+    first = [run for model in plan.models if (run := plan.pretraining(model)) is not None]
+    for run in (*first, *runs, *_all_trials(plan, runs)):
         plan.config(run, places, {}, run.lr or plan.tuning.lr[0])
 
 
