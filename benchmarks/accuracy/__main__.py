@@ -16,27 +16,26 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.accuracy.command import common_parser, find_data, find_weights, guarded
 from benchmarks.accuracy.grid import Grid
-from benchmarks.accuracy.plan import Plan, Run, read_plan
+from benchmarks.accuracy.plan import Plan, read_plan
 from benchmarks.accuracy.records import Records
-from benchmarks.images import unpack
-from sparse_bwd.training import UserError, open_source
-from sparse_bwd.training.data import DataOptions
+from sparse_bwd.training import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    try:
-        plan = read_plan(options.plan)
-        if options.report:
-            from benchmarks.accuracy.report import report
+    return guarded(lambda: run_or_report(read_plan(options.plan), options))
 
-            print(report(plan, Records(options.out), options.report, options.times))
-            return 0
-        return run(plan, options)
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def run_or_report(plan: Plan, options: argparse.Namespace) -> int:
+    """What the options ask for."""
+    if options.report:
+        from benchmarks.accuracy.report import report
+
+        print(report(plan, Records(options.out), options.report, options.times))
+        return 0
+    return run(plan, options)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,22 +49,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
     found.add_argument("--report", type=Path, metavar="STEM")
     found.add_argument("--times", type=Path, help="of the report: what benchmarks.accuracy.choosing wrote")
-    return found
-
-
-def common_parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """What every command about a plan takes."""
-    found = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    found.add_argument("--plan", type=Path, required=True)
-    found.add_argument("--out", type=Path, required=True)
-    found.add_argument(
-        "--data", action="append", default=[], metavar="NAME=PLACE", help="folder or zip archive"
-    )
-    found.add_argument("--weights", action="append", default=[], metavar="MODEL=FILE")
-    found.add_argument("--data-root", type=Path, default=Path("data"), help="of torchvision's data sets")
-    found.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
     return found
 
 
@@ -93,47 +76,6 @@ def _shard(text: str) -> tuple[int, int]:
     if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
         raise UserError(f"--shard is '{text}'; it must be i/n with 1 <= i <= n, such as 2/8.")
     return int(number), int(of)
-
-
-def _pair(text: str, option: str) -> tuple[str, str]:
-    name, equals, place = text.partition("=")
-    if not (name and equals and place):
-        raise UserError(f"{option} is '{text}'; it must be a name and a place, such as {option} NAME=PLACE.")
-    return name, str(Path(place).resolve()) if Path(place).exists() else place
-
-
-def find_weights(plan: Plan, options: argparse.Namespace) -> dict[str, str]:
-    """Model -> what --weights gives for it."""
-    weights = dict(_pair(text, "--weights") for text in options.weights)
-    if unknown := sorted(set(weights) - set(plan.models)):
-        raise UserError(f"The plan has no model {', '.join(unknown)}; it has {', '.join(plan.models)}.")
-    return weights
-
-
-def find_data(
-    plan: Plan, runs: Sequence[Run], options: argparse.Namespace, download: bool = False
-) -> dict[str, str]:
-    """Where every data set of the runs is, opened once so that a missing one is said before the first run."""
-    given = dict(_pair(text, "--data") for text in options.data)
-    if unknown := sorted(set(given) - set(plan.data)):
-        raise UserError(f"The plan has no data {', '.join(unknown)}; it has {', '.join(plan.data)}.")
-    found = {}
-    first = [plan.pretraining(model) for model in dict.fromkeys(run.group.model for run in runs)]
-    for name in dict.fromkeys(run.group.data for run in (*first, *runs) if run is not None):
-        entry = plan.data[name]
-        place = given.get(name) or entry.get("source")
-        if place is None:
-            layout = entry.get(
-                "layout", "one folder of images per class, or train/ and test/ with such folders"
-            )
-            raise UserError(
-                f"The data set {name} is not given: --data {name}=FOLDER, where FOLDER has {layout}."
-            )
-        if Path(place).is_file():
-            place = str(unpack(Path(place), options.out / "data" / name))
-        open_source(place, DataOptions(options.data_root, download))
-        found[name] = place
-    return found
 
 
 @contextlib.contextmanager

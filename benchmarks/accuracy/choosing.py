@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sparse_bwd as sb
-from benchmarks.accuracy.__main__ import common_parser, find_data, find_weights
 from benchmarks.accuracy.cells import MIB
+from benchmarks.accuracy.command import common_parser, find_data, find_weights, guarded
 from benchmarks.accuracy.plan import Plan, Run, read_plan
 from benchmarks.accuracy.tables import row
 from sparse_bwd.measure.machine import command_line, commit, machine
@@ -160,11 +160,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--report", type=Path, required=True, metavar="STEM")
     options = parser.parse_args()
-    try:
-        return write(options)
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return guarded(lambda: write(options))
 
 
 def write(options: argparse.Namespace) -> int:

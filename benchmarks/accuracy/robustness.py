@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.accuracy.__main__ import common_parser, find_data
+from benchmarks.accuracy.command import common_parser, find_data, guarded
 from benchmarks.accuracy.corruptions import SEVERITIES, corrupt
 from benchmarks.accuracy.figures import styles
 from benchmarks.accuracy.plan import Plan, Run, read_plan
@@ -49,11 +49,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=500, help="test images of every data set, at most")
     parser.add_argument("--report", type=Path, required=True, metavar="STEM")
     options = parser.parse_args()
-    try:
-        return write(options)
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return guarded(lambda: write(options))
 
 
 def write(options: argparse.Namespace) -> int:
