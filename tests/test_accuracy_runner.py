@@ -158,13 +158,16 @@ def test_trials_and_runs_do_not_take_each_others_place(tmp_path: Path) -> None:
 # Tuning
 
 
-def test_the_best_rate_is_that_of_the_best_mean() -> None:
+def test_the_rate_is_the_smallest_within_the_margin() -> None:
     trials = [
         {"lr": lr, "accuracy": a} for lr, a in ((0.1, 0.5), (0.1, 0.9), (0.2, 0.8), (0.2, 0.7), (0.4, None))
     ]
-    assert mean_accuracies(trials)[0.2] == pytest.approx(0.75) and best_rate(trials) == 0.2
-    assert best_rate([{"lr": lr, "accuracy": 0.5} for lr in (0.2, 0.1)]) == 0.1
-    assert best_rate([{"lr": 0.1, "accuracy": None}, {"lr": 0.2, "accuracy": 0.1}]) == 0.2
+    means = mean_accuracies(trials)
+    assert means == {0.1: pytest.approx(0.7), 0.2: pytest.approx(0.75), 0.4: -1}
+    assert best_rate(means, 0.0) == 0.2 and best_rate(means, 0.06) == 0.1
+    assert best_rate({0.1: 0.5, 0.2: 0.5}, 0.0) == 0.1
+    failed = mean_accuracies([{"lr": 0.1, "accuracy": None}, {"lr": 0.2, "accuracy": 0.1}])
+    assert best_rate(failed, 0.03) == 0.2
 
 
 def test_runs_wait_for_the_trials_of_their_group(tmp_path: Path) -> None:
@@ -250,7 +253,10 @@ def test_every_run_leaves_a_line_with_everything(finished: Path) -> None:
     rates = {
         line["method"]: {other["lr"] for other in runs if other["method"] == line["method"]} for line in runs
     }
-    tried = {method: best_rate(t for t in trials if t["method"] == method) for method in rates}
+    tried = {
+        method: best_rate(mean_accuracies(t for t in trials if t["method"] == method), 0.0)
+        for method in rates
+    }
     assert {method: {rate} for method, rate in tried.items()} == rates
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmarks.accuracy.one import Job
 from benchmarks.accuracy.plan import Group, Plan, Run
 from benchmarks.accuracy.records import Records
-from benchmarks.accuracy.tuning import best_rate
+from benchmarks.accuracy.tuning import best_rate, mean_accuracies
 from benchmarks.accuracy.workers import Workers
 from sparse_bwd.training import UserError
 from sparse_bwd.training.finish import MODEL
@@ -67,7 +67,10 @@ class Grid:
         if not self.trials[group]:
             return self.plan.tuning.lr[0]
         found = [self.records.get(trial) for trial in self.trials[group]]
-        return None if None in found else best_rate(record for record in found if record is not None)
+        if None in found:
+            return None
+        means = mean_accuracies(record for record in found if record is not None)
+        return best_rate(means, self.plan.tuning.margin)
 
     def next(self) -> Run | None:
         """The most valuable run that can start now; None if all have, or wait for trials that are running."""

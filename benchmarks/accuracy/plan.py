@@ -11,8 +11,8 @@
     budgets    name -> {"ours": what --budget takes, "scheme": of sparse-update} or, where it differs, {model: {...}};
                a budget that is not named here is what --budget takes; "first": "scheme" of a method is its scheme
     published  the table of the paper whose setting this is, if it is one (`published.py`)
-    tuning     {"lr": [...], "validation": share of the training images, "seeds": [...], "budget": budget}; or
-               {"lr": value} for one rate without trials
+    tuning     {"lr": [...], "validation": share of the training images, "seeds": [...], "budget": budget, "margin": of
+               accuracy, see tuning.py}; or {"lr": value} for one rate without trials
     compare    [[method, method], ...]: pairs whose difference the report tests
     grid       [{"data", "models", "methods", "budgets", "batch_norm", "seeds": lists}, ...], the most valuable first;
                a method without a budget has "budgets": [null]
@@ -85,6 +85,7 @@ class Tuning:
     validation: float = 0.0
     seeds: tuple[int, ...] = (0,)
     budget: str | None = None
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.lr) > 1 and not 0 < self.validation < 1:

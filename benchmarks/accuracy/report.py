@@ -62,7 +62,7 @@ def page(
     if plan.compare:
         parts += ["## Differences", _pairs(), tables.comparison_table(compare(runs, plan.compare))]
     if trials:
-        parts += ["## Learning rates", "Accuracy on held-back images; the best is used.", _rates(trials)]
+        parts += ["## Learning rates", _rule(plan), _rates(trials, plan.tuning.margin)]
     parts += [_troubles(runs), _origin(runs, times)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -131,13 +131,18 @@ def _pairs() -> str:
     )
 
 
-def _rates(trials: Sequence[Mapping[str, Any]]) -> str:
+def _rule(plan: Plan) -> str:
+    margin = f"the smallest within {100 * plan.tuning.margin:g} points of the best"
+    return f"Accuracy on held-back images; bold: what is used, {margin}."
+
+
+def _rates(trials: Sequence[Mapping[str, Any]], margin: float) -> str:
     methods: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for trial in trials:
         name = f"{trial['method']} ({trial['batch_norm']})"
         methods.setdefault(name, {}).setdefault(trial["data"], []).append(trial)
     return tables.rate_table(
-        [(name, {d: mean_accuracies(t) for d, t in found.items()}) for name, found in methods.items()]
+        [(name, {d: mean_accuracies(t) for d, t in found.items()}) for name, found in methods.items()], margin
     )
 
 

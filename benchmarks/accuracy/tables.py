@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.accuracy.cells import MIB, Cell
 from benchmarks.accuracy.significance import MIN_PAIRS, Comparison, Spread
+from benchmarks.accuracy.tuning import best_rate
 
 
 def accuracy_table(cells: Sequence[Cell]) -> str:
@@ -123,7 +124,7 @@ def _p(value: float | None) -> str:
     return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
 
 
-def rate_table(rates: Sequence[tuple[str, dict[str, dict[float, float]]]]) -> str:
+def rate_table(rates: Sequence[tuple[str, dict[str, dict[float, float]]]], margin: float) -> str:
     """Validation accuracy of every learning rate, per method and data set; the chosen one is bold."""
     lines = []
     data = list(dict.fromkeys(name for _, found in rates for name in found))
@@ -134,7 +135,7 @@ def rate_table(rates: Sequence[tuple[str, dict[str, dict[float, float]]]]) -> st
         line = [method]
         for name in data:
             means = found.get(name, {})
-            top = max(means, key=lambda rate: means[rate]) if means else None
+            top = best_rate(means, margin) if means else None
             for rate in tried:
                 text = f"{100 * means[rate]:.1f}" if rate in means else ""
                 line.append(f"**{text}**" if rate == top else text)

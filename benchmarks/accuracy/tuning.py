@@ -1,6 +1,8 @@
-"""The learning rate of every group: equal trials on images held back from the training images, the best one taken.
+"""The learning rate of every group: equal trials on images held back from the training images.
 
-A trial that diverged or was refused counts as the worst. Equal accuracies: the smaller rate.
+The smallest rate whose mean accuracy is within a margin of the best. Held-back images are few, so that the best of
+several good rates is chance, and the larger ones among them are those that fail with other seeds and budgets. A trial
+that diverged or was refused counts as the worst.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ def mean_accuracies(trials: Iterable[Mapping[str, Any]]) -> dict[float, float]:
     return {rate: statistics.fmean(found[rate]) for rate in sorted(found)}
 
 
-def best_rate(trials: Iterable[Mapping[str, Any]]) -> float:
-    """The rate whose trials have the largest mean accuracy."""
-    means = mean_accuracies(trials)
-    return max(means, key=lambda rate: means[rate])  # of equal ones the first, which is the smallest
+def best_rate(means: Mapping[float, float], margin: float) -> float:
+    """The smallest rate within `margin` of the best; `means` as of `mean_accuracies`."""
+    best = max(means.values())
+    return min(rate for rate, mean in means.items() if mean >= best - margin)
