@@ -3,7 +3,7 @@
 Pages and figures of `benchmarks.standard` are made from theirs again, too.
 
 A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`; its table is made from
-`benchmarks/results/NAME.json`. Numbers reach the README by this script only, and
+`benchmarks/results/NAME.json` or the file in FILES. Numbers reach the README by this script only, and
 `tests/test_project.py` holds them to the files.
 """
 
@@ -11,43 +11,25 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import standard
+from benchmarks.accuracy import summary
 
-MIB = 2**20
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results:(?P=name) -->)", re.DOTALL)
 
 
-def table(record: dict[str, Any]) -> str:
-    """The rows as a Markdown table."""
-    measured = any(row.get("training_bytes") for row in record["rows"])
-    added, line = (" training MiB |", "--:|") if measured else ("", "")
-    head = "| policy | accuracy, mean (seeds) | weights | channels / layers | saved MiB | peak MiB |"
-    lines = [f"{head}{added} ms per step |", f"|---|---|--:|--:|--:|--:|{line}--:|"]
-    for row in record["rows"]:
-        each = ", ".join(f"{100 * a:.1f}" for a in row["accuracy"])
-        weights = sorted(set(row["trained_weights"]))
-        spent = f"{weights[0]:,}" if len(weights) == 1 else f"{weights[0]:,} to {weights[-1]:,}"
-        training = f" {row['training_bytes'] / MIB:.1f} |" if measured else ""
-        time = "" if row["ms_per_step"] is None else f"{row['ms_per_step']:.0f}"
-        lines.append(
-            f"| {row['case']} | **{100 * statistics.fmean(row['accuracy']):.1f} %** ({each}) | {spent} "
-            f"| {row['channels']:.0f} / {row['layers']:.0f} | {row['saved_bytes'] / MIB:.1f} "
-            f"| {row['peak_bytes'] / MIB:.1f} |{training} {time} |"
-        )
-    return "\n".join(lines)
-
-
-def accuracy_table(record: dict[str, Any]) -> str:
+def accuracy_table(records: list[dict[str, Any]]) -> str:
     """The accuracy table under a line that says what it is."""
-    source = "data and commands in [signs.md](benchmarks/results/signs.md)"
-    return f"\n{record['title']}, CPU threads: {record['threads']}; {source}:\n\n{table(record)}"
+    source = "everything in [small.md](benchmarks/results/accuracy/small.md)"
+    words = (
+        "MobileNetV2 fine-tuned: mean ± standard deviation of test accuracy (seeds), and what training needed"
+    )
+    return f"\n{words}; {source}:\n\n{summary.table(records)}"
 
 
 def bench_table(record: dict[str, Any]) -> str:
@@ -60,8 +42,10 @@ def bench_table(record: dict[str, Any]) -> str:
     return f"\nA whole training step, {words}; {source}:\n\n{standard.table(record)}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "signs": accuracy_table,
+# Where a block's results are, if not in NAME.json.
+FILES = {"accuracy": "accuracy/small.jsonl"}
+TABLES: dict[str, Callable[[Any], str]] = {
+    "accuracy": accuracy_table,
     "bench-cpu": bench_table,
     "bench-cuda": bench_table,
 }
@@ -71,15 +55,22 @@ def filled(text: str, results: Path = RESULTS) -> str:
     """`text` with every marked block replaced by its table; blocks without a result file become empty."""
 
     def replace(match: re.Match[str]) -> str:
-        name, path = match["name"], results / f"{match['name']}.json"
+        name = match["name"]
+        path = results / FILES.get(name, f"{name}.json")
         if name not in TABLES:
             raise ValueError(
                 f"README.md has a block results:{name}, which benchmarks/readme.py does not know."
             )
-        table = TABLES[name](json.loads(path.read_text())) + "\n" if path.exists() else ""
+        table = TABLES[name](_read(path)) + "\n" if path.exists() else ""
         return match[1] + table + match[3]
 
     return BLOCK.sub(replace, text)
+
+
+def _read(path: Path) -> Any:
+    """A JSON file, or the list of the lines of one with a value per line."""
+    text = path.read_text()
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def words(**changes: Any) -> dict[str, Any]:
             "full": {"options": {"policy": "full"}},
         },
         "budgets": {"small": {"ours": "200"}},
-        "tuning": {"lr": [0.02, 0.2], "validation": 0.25, "seeds": [0], "budget": "small"},
+        "tuning": {"lr": [0.02, 0.2], "validation": 0.25, "seeds": [0], "budgets": ["small"]},
         "grid": [
             {
                 "data": ["digits"], "models": [TINY], "methods": ["velocity", "random"], "budgets": ["small", "40%"],

@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks.accuracy import robustness
 from benchmarks.accuracy.__main__ import main as run_grid
 from benchmarks.accuracy.corruptions import SEVERITIES, corrupt
+from benchmarks.accuracy.records import Records
 from tests import accuracy_plan
 
 
@@ -78,13 +79,12 @@ def test_the_report_of_a_grid(
     assert run_grid(["--plan", str(plan), "--out", str(tmp_path / "out")]) == 0
     assert robustness.main() == 0
     record = json.loads((tmp_path / "r" / "robust.json").read_text())
+    finished = Records(tmp_path / "out").all()
     assert len(record["rows"]) == 4 and all(run["images"] == 30 for run in record["rows"])
     for run in record["rows"]:
         assert len(run["clean"]) == 1 and all(len(run[kind]) == 5 for kind in SEVERITIES)
-        result = json.loads(
-            (tmp_path / "out" / "runs" / f"digits-{accuracy_plan.TINY}-{run['method']}-bias"
-             f"{'-40pc' if run['method'] == 'random' else ''}-seed{run['seed']}" / "result.json").read_text()
-        )  # fmt: skip
+        (line,) = (r for r in finished if (r["method"], r["seed"]) == (run["method"], run["seed"]))
+        result = json.loads((tmp_path / "out" / line["selection"]).with_name("result.json").read_text())
         assert abs(run["clean"][0]["accuracy"] - result["accuracy"]) < 0.2, "30 of the same 40 test images"
     text = (tmp_path / "r" / "robust.md").read_text()
     assert "**random** against full, 2 pairs" in text

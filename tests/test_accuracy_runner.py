@@ -158,16 +158,15 @@ def test_trials_and_runs_do_not_take_each_others_place(tmp_path: Path) -> None:
 # Tuning
 
 
-def test_the_rate_is_the_smallest_within_the_margin() -> None:
+def test_the_best_rate_is_that_of_the_best_mean() -> None:
     trials = [
         {"lr": lr, "accuracy": a} for lr, a in ((0.1, 0.5), (0.1, 0.9), (0.2, 0.8), (0.2, 0.7), (0.4, None))
     ]
     means = mean_accuracies(trials)
-    assert means == {0.1: pytest.approx(0.7), 0.2: pytest.approx(0.75), 0.4: -1}
-    assert best_rate(means, 0.0) == 0.2 and best_rate(means, 0.06) == 0.1
-    assert best_rate({0.1: 0.5, 0.2: 0.5}, 0.0) == 0.1
+    assert means == {0.1: pytest.approx(0.7), 0.2: pytest.approx(0.75), 0.4: -1} and best_rate(means) == 0.2
+    assert best_rate({0.1: 0.5, 0.2: 0.5}) == 0.1
     failed = mean_accuracies([{"lr": 0.1, "accuracy": None}, {"lr": 0.2, "accuracy": 0.1}])
-    assert best_rate(failed, 0.03) == 0.2
+    assert best_rate(failed) == 0.2
 
 
 def test_runs_wait_for_the_trials_of_their_group(tmp_path: Path) -> None:
@@ -185,6 +184,19 @@ def test_runs_wait_for_the_trials_of_their_group(tmp_path: Path) -> None:
     first = grid.next()
     assert first is not None and first.lr is None and first.group == DIGITS
     assert grid.job(first).config.recipe.lr == 0.2
+
+
+def test_a_run_at_a_rate_that_is_no_longer_its_groups_is_done_again(tmp_path: Path) -> None:
+    plan, records = a_plan(tmp_path), Records(tmp_path)
+    for lr, accuracy in ((0.02, 0.3), (0.2, 0.6)):
+        records.add(record(stage="trial", lr=lr, accuracy=accuracy))
+    run = Run(DIGITS, "small", 0)
+    grid = Grid(plan, plan.runs(), tmp_path, records, {"digits": "digits"}, {}, {})
+    records.add(record(lr=0.2))
+    assert grid.done(run)
+    before = grid.job(run).out
+    records.add(record(stage="trial", lr=0.02, accuracy=0.7))
+    assert not grid.done(run) and grid.next() == run and grid.job(run).out != before
 
 
 def test_pretraining_comes_before_the_runs_of_its_model(tmp_path: Path) -> None:
@@ -208,7 +220,7 @@ def test_pretraining_comes_before_the_runs_of_its_model(tmp_path: Path) -> None:
     records.add(record(method="pretraining", batch_norm="train", budget=None))
     after = grid.next()
     assert after is not None and after.group.method == "full"
-    assert grid.job(after).config.weights.endswith(f"{first.name}/model.safetensors")
+    assert grid.job(after).config.weights == str(grid.job(first).out / "model.safetensors")
     given = Grid(
         plan, plan.runs(), tmp_path / "other", Records(tmp_path), {"digits": "digits"}, {TINY: "w"}, {}
     )
@@ -254,8 +266,7 @@ def test_every_run_leaves_a_line_with_everything(finished: Path) -> None:
         line["method"]: {other["lr"] for other in runs if other["method"] == line["method"]} for line in runs
     }
     tried = {
-        method: best_rate(mean_accuracies(t for t in trials if t["method"] == method), 0.0)
-        for method in rates
+        method: best_rate(mean_accuracies(t for t in trials if t["method"] == method)) for method in rates
     }
     assert {method: {rate} for method, rate in tried.items()} == rates
 

@@ -163,7 +163,7 @@ def test_readme_tables_are_those_of_the_result_files():
 
 
 def test_readme_tables_are_filled_from_files(tmp_path):
-    text = "before\n<!-- results:signs -->\nold\n<!-- /results:signs -->\nafter\n"
+    text = "before\n<!-- results:accuracy -->\nold\n<!-- /results:accuracy -->\nafter\n"
     assert filled(text, tmp_path) == text.replace("old\n", "")
     with pytest.raises(ValueError, match="results:unheard"):
-        filled(text.replace("signs", "unheard"), tmp_path)
+        filled(text.replace("accuracy", "unheard"), tmp_path)

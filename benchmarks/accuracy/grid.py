@@ -70,32 +70,37 @@ class Grid:
         if None in found:
             return None
         means = mean_accuracies(record for record in found if record is not None)
-        return best_rate(means, self.plan.tuning.margin)
+        return best_rate(means)
+
+    def done(self, run: Run) -> bool:
+        """Whether a run is finished, at the learning rate that its group has now: trials may have been added since."""
+        record = self.records.get(run)
+        if record is None or run.lr is not None or run in self.pretraining.values():
+            return record is not None
+        return bool(record["lr"] == self.rate(run.group))
 
     def next(self) -> Run | None:
         """The most valuable run that can start now; None if all have, or wait for trials that are running."""
         for run in self.runs:
-            if run in self.started or self.records.get(run):
+            if run in self.started or self.done(run):
                 continue
             before = self.pretraining.get(run.group.model)
-            if before is not None and not self.records.get(before):
+            if before is not None and not self.done(before):
                 if before not in self.started:
                     return before
                 continue
             if self.rate(run.group) is not None:
                 return run
             for trial in self.trials[run.group]:
-                if trial not in self.started and not self.records.get(trial):
+                if trial not in self.started and not self.done(trial):
                     return trial
         return None
 
     def job(self, run: Run) -> Job:
         """What a worker needs for a run."""
-        made = {
-            model: str(self.folder / "runs" / first.name / MODEL) for model, first in self.pretraining.items()
-        }
         if run in self.pretraining.values():
             return Job(run, self.plan.config(run, self.sources, {}, 0.0), self.folder, self.runtime)
+        made = {model: str(self.job(first).out / MODEL) for model, first in self.pretraining.items()}
         lr = run.lr if run.lr is not None else self.rate(run.group)
         assert lr is not None
         config = self.plan.config(run, self.sources, {**self.weights, **made}, lr)
@@ -105,7 +110,7 @@ class Grid:
         """Runs what is missing; returns what went wrong, one sentence per run."""
         troubles: list[str] = []
         workers = Workers(self.jobs)
-        missing = [run for run in self.all if not self.records.get(run)]
+        missing = [run for run in self.all if not self.done(run)]
         end = None if self.minutes is None else time.monotonic() + 60 * self.minutes
         with (
             _stopping(workers),

@@ -33,7 +33,7 @@ CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to carry out one run; `folder` of all runs, `name` of this one's."""
+    """What a worker needs to carry out one run; `folder` is that of all runs."""
 
     run: Run
     config: RunConfig
@@ -42,7 +42,8 @@ class Job:
 
     @property
     def out(self) -> Path:
-        return self.folder / "runs" / self.run.name
+        """The folder of the run; one for every learning rate."""
+        return self.folder / "runs" / f"{self.run.name}-lr{self.config.recipe.lr:g}"
 
 
 def carry_out(job: Job) -> dict[str, Any] | None:
@@ -124,7 +125,7 @@ def _measured(result: dict[str, Any], job: Job) -> dict[str, Any]:
         "ms_per_step": result["ms_per_step"],
         "steps": result["steps"],
         "choosing_seconds": round(sum(line["seconds"] for line in selections), 4),
-        "selection": f"runs/{job.run.name}/{LOG}",
+        "selection": (job.out / LOG).relative_to(job.folder).as_posix(),
         "warnings": result["warnings"],
         "options": _options(job.config),
         "threads": result["threads"],

@@ -7,12 +7,12 @@
                folder looks, where it is not one folder per class; "options": of runs on it}
     models     name -> {"options": of runs of it}; what to start from is "weights" there or --weights NAME=FILE, or what
                "pretraining": {"data", "batch_norm", "options"} makes before all runs of the model
-    methods    name -> {"options": {"policy": ..., "axis": ...}, "tuned_at": budget, "published": its row in the paper}
+    methods    name -> {"options": {"policy": ..., "axis": ...}, "tuned_at": budgets, "published": its row in the paper}
     budgets    name -> {"ours": what --budget takes, "scheme": of sparse-update} or, where it differs, {model: {...}};
                a budget that is not named here is what --budget takes; "first": "scheme" of a method is its scheme
     published  the table of the paper whose setting this is, if it is one (`published.py`)
-    tuning     {"lr": [...], "validation": share of the training images, "seeds": [...], "budget": budget, "margin": of
-               accuracy, see tuning.py}; or {"lr": value} for one rate without trials
+    tuning     {"lr": [...], "validation": share of the training images, "seeds": [...], "budgets": [...]}: every rate
+               is tried with every seed and budget; or {"lr": value} for one rate without trials
     compare    [[method, method], ...]: pairs whose difference the report tests
     grid       [{"data", "models", "methods", "budgets", "batch_norm", "seeds": lists}, ...], the most valuable first;
                a method without a budget has "budgets": [null]
@@ -71,10 +71,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """For people and folders."""
         budget = f"-{self.budget.replace('/', 'of')}" if self.budget else ""
-        rate = "" if self.lr is None else f"-lr{self.lr:g}"
-        return f"{self.group.name}{budget}-seed{self.seed}{rate}".replace(" ", "-").replace("%", "pc")
+        trial = "" if self.lr is None else f"-trial{self.lr:g}"
+        return f"{self.group.name}{budget}-seed{self.seed}{trial}".replace(" ", "-").replace("%", "pc")
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ class Tuning:
     lr: tuple[float, ...]
     validation: float = 0.0
     seeds: tuple[int, ...] = (0,)
-    budget: str | None = None
-    margin: float = 0.0
+    budgets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.lr) > 1 and not 0 < self.validation < 1:
@@ -130,12 +129,13 @@ class Plan:
         return [run for run in runs if run.group in mine]
 
     def trials(self, group: Group, runs: Sequence[Run]) -> list[Run]:
-        """The runs that find the learning rate of `group`, at its tuning budget; none if there is but one rate."""
+        """The runs that find the learning rate of `group`, at its tuning budgets; none if there is but one rate."""
         if len(self.tuning.lr) == 1:
             return []
         has_budget = any(run.budget is not None for run in runs if run.group == group)
-        budget = self.methods[group.method].get("tuned_at", self.tuning.budget) if has_budget else None
-        return [Run(group, budget, seed, lr) for seed in self.tuning.seeds for lr in self.tuning.lr]
+        at = self.methods[group.method].get("tuned_at", self.tuning.budgets) if has_budget else [None]
+        every = itertools.product(self.tuning.seeds, at, self.tuning.lr)
+        return [Run(group, budget, seed, lr) for seed, budget, lr in every]
 
     def pretraining(self, model: str) -> Run | None:
         """The run that makes the weights of a model; None if they are given."""
@@ -215,9 +215,9 @@ def read_plan(path: Path) -> Plan:
     return plan
 
 
-def _tuning(lr: Any, seeds: Sequence[int] = (0,), **rest: Any) -> Tuning:
+def _tuning(lr: Any, seeds: Sequence[int] = (0,), budgets: Sequence[str] = (), **rest: Any) -> Tuning:
     rates = tuple(float(rate) for rate in (lr if isinstance(lr, list) else [lr]))
-    return Tuning(lr=rates, seeds=tuple(seeds), **rest)
+    return Tuning(lr=rates, seeds=tuple(seeds), budgets=tuple(budgets), **rest)
 
 
 def _check(plan: Plan) -> None:

@@ -32,9 +32,12 @@ def report(plan: Plan, records: Records, stem: Path, times: Path | None = None) 
         raise UserError(f"No run of this plan is finished in {records.path.parent}; run it first.")
     runs = [record for run in wanted if (record := records.get(run)) is not None]
     stem.parent.mkdir(parents=True, exist_ok=True)
-    lines = [*records.all("trial"), *runs]
+    groups = dict.fromkeys(run.group for run in plan.runs())
+    tried = [trial for group in groups for trial in plan.trials(group, plan.runs())]
+    trials = [record for trial in tried if (record := records.get(trial)) is not None]
+    lines = [*trials, *runs]
     write_text(stem.with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
-    text = page(plan, runs, records.all("trial"), stem, read_times(times) if times else None)
+    text = page(plan, runs, trials, stem, read_times(times) if times else None)
     write_text(stem.with_suffix(".md"), text)
     return text
 
@@ -62,7 +65,11 @@ def page(
     if plan.compare:
         parts += ["## Differences", _pairs(), tables.comparison_table(compare(runs, plan.compare))]
     if trials:
-        parts += ["## Learning rates", _rule(plan), _rates(trials, plan.tuning.margin)]
+        parts += [
+            "## Learning rates",
+            "Accuracy on held-back images, mean of the trials; the best is used.",
+            _rates(trials),
+        ]
     parts += [_troubles(runs), _origin(runs, times)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -131,18 +138,13 @@ def _pairs() -> str:
     )
 
 
-def _rule(plan: Plan) -> str:
-    margin = f"the smallest within {100 * plan.tuning.margin:g} points of the best"
-    return f"Accuracy on held-back images; bold: what is used, {margin}."
-
-
-def _rates(trials: Sequence[Mapping[str, Any]], margin: float) -> str:
+def _rates(trials: Sequence[Mapping[str, Any]]) -> str:
     methods: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for trial in trials:
         name = f"{trial['method']} ({trial['batch_norm']})"
         methods.setdefault(name, {}).setdefault(trial["data"], []).append(trial)
     return tables.rate_table(
-        [(name, {d: mean_accuracies(t) for d, t in found.items()}) for name, found in methods.items()], margin
+        [(name, {d: mean_accuracies(t) for d, t in found.items()}) for name, found in methods.items()]
     )
 
 

@@ -96,7 +96,9 @@ def chosen(plan: Plan, records: Records, options: argparse.Namespace) -> list[Ru
 
 
 def _trained(folder: Path, run: Run, records: Records) -> Finished:
-    return load_run(folder / "runs" / run.name, run.group.model)
+    record = records.get(run)
+    assert record is not None
+    return load_run((folder / record["selection"]).parent, run.group.model)
 
 
 def test_images(

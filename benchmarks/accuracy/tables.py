@@ -52,7 +52,8 @@ def _cell(cell: Cell, best: bool) -> str:
     if cell.accuracy is None:
         return str(cell.failed[0]["failed"])
     text = shown(cell.accuracy)
-    seeds = f" ({cell.accuracy.count} seeds)" if cell.accuracy.count != 3 else ""
+    count = cell.accuracy.count
+    seeds = f" ({count} seed{'s' * (count > 1)})" if count != 3 else ""
     failed = f"; {len(cell.failed)} {cell.failed[0]['failed']}" if cell.failed else ""
     return (f"**{text}**" if best else text) + seeds + failed
 
@@ -124,7 +125,7 @@ def _p(value: float | None) -> str:
     return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
 
 
-def rate_table(rates: Sequence[tuple[str, dict[str, dict[float, float]]]], margin: float) -> str:
+def rate_table(rates: Sequence[tuple[str, dict[str, dict[float, float]]]]) -> str:
     """Validation accuracy of every learning rate, per method and data set; the chosen one is bold."""
     lines = []
     data = list(dict.fromkeys(name for _, found in rates for name in found))
@@ -135,7 +136,7 @@ def rate_table(rates: Sequence[tuple[str, dict[str, dict[float, float]]]], margi
         line = [method]
         for name in data:
             means = found.get(name, {})
-            top = best_rate(means, margin) if means else None
+            top = best_rate(means) if means else None
             for rate in tried:
                 text = f"{100 * means[rate]:.1f}" if rate in means else ""
                 line.append(f"**{text}**" if rate == top else text)

@@ -1,8 +1,6 @@
-"""The learning rate of every group: equal trials on images held back from the training images.
+"""The learning rate of every group: equal trials on images held back from the training images, the best one taken.
 
-The smallest rate whose mean accuracy is within a margin of the best. Held-back images are few, so that the best of
-several good rates is chance, and the larger ones among them are those that fail with other seeds and budgets. A trial
-that diverged or was refused counts as the worst.
+A trial that diverged or was refused counts as the worst. Equal accuracies: the smaller rate.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ def mean_accuracies(trials: Iterable[Mapping[str, Any]]) -> dict[float, float]:
     return {rate: statistics.fmean(found[rate]) for rate in sorted(found)}
 
 
-def best_rate(means: Mapping[float, float], margin: float) -> float:
-    """The smallest rate within `margin` of the best; `means` as of `mean_accuracies`."""
-    best = max(means.values())
-    return min(rate for rate, mean in means.items() if mean >= best - margin)
+def best_rate(means: Mapping[float, float]) -> float:
+    """The rate with the largest mean; `means` as of `mean_accuracies`."""
+    return max(means, key=lambda rate: (means[rate], -rate))
