@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class Records:
         for path in sorted(folder.glob("runs*.jsonl")):
             for record in read_lines(path):
                 self._found[key_of(record)] = record
-        _mend(self.path)
 
     def get(self, run: Run) -> dict[str, Any] | None:
         """The line of a run; None if it is not finished."""
@@ -47,29 +46,29 @@ class Records:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Adds a line and waits until it is on the disk."""
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, record)
         self._found[key_of(record)] = dict(record)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file; ValueError, naming the line, for one that is whole and yet no record."""
+def read_lines(path: Path, key: Callable[[Mapping[str, Any]], object] = key_of) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file; ValueError, naming the line, for one that is whole and has no `key`."""
     if not path.exists():
         return
     *lines, _torn = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            key_of(record)
+            key(record)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"Line {number} of {path} is not the record of a run: {error}.") from error
         yield record
 
 
-def _mend(path: Path) -> None:
-    """Cuts off what a kill left of a line, so that the next one begins on its own."""
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds a line to a file, in place of what a kill has left of one, and waits until it is on the disk."""
     if path.exists():
-        whole = path.read_bytes().rfind(b"\n") + 1
-        os.truncate(path, whole)
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    with open(path, "ab") as file:
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())

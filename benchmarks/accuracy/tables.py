@@ -112,14 +112,15 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
             row(
                 [
                     one.first, one.second, one.batch_norm, str(one.pairs), f"{one.wins}",
-                    f"{100 * one.difference:+.1f}", between, _p(one.p), _p(one.corrected),
+                    f"{100 * one.difference:+.1f}", between, p_value(one.p), p_value(one.corrected),
                 ]
             )
         )  # fmt: skip
     return "\n".join(lines)
 
 
-def _p(value: float | None) -> str:
+def p_value(value: float | None) -> str:
+    """For people."""
     if value is None:
         return f"< {MIN_PAIRS} pairs"
     return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"

@@ -93,16 +93,19 @@ class Trainer:
             weight_decay=self.recipe.weight_decay,
         )
 
-    def run(self, display: Display) -> None:
-        """Trains to the end. Stopped after Ctrl-C or SIGTERM; Diverged or UserError with the last checkpoint intact."""
+    def run(self, display: Display, until: int | None = None) -> None:
+        """Trains to the end, or until so many epochs are done and the next selection is made.
+
+        Stopped after Ctrl-C or SIGTERM; Diverged or UserError with the last checkpoint intact.
+        """
         # Only the main thread may set handlers; elsewhere a signal ends the process, and the last checkpoint counts.
         numbers = (
             (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         )
         handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
-            while not self.finished:
-                self._train_epoch(display)
+            while not self.finished and (until is None or self.epoch < until):
+                self.train_epoch(display)
                 self._finish_epoch(display)
         finally:
             for number, handler in handlers.items():
@@ -115,7 +118,8 @@ class Trainer:
             raise KeyboardInterrupt
         self.stop_signal = number
 
-    def _train_epoch(self, display: Display) -> None:
+    def train_epoch(self, display: Display) -> None:
+        """The steps of the current epoch that are missing; neither evaluates nor selects afterwards."""
         self.model.train()
         loader = self.prepared.loader
         began, before = time.perf_counter(), self.seen.count
