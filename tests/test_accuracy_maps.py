@@ -202,10 +202,8 @@ def test_the_page_of_a_finished_grid(grid: Path, tmp_path: Path, capsys: pytest.
     text = stem.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out
     (one,) = json.loads(stem.with_suffix(".json").read_text())["networks"]
-    logs = [
-        read_selections(grid / "out" / "runs" / f"digits-{TINY}-velocity-bias-small-seed{seed}" / "log.jsonl")
-        for seed in (0, 1)
-    ]
+    records = [line for line in Records(grid / "out").all() if line["method"] == "velocity"]
+    logs = [read_selections(grid / "out" / line["selection"]) for line in records]
     for number, name in enumerate(one["layers"]):
         for epoch in range(3):
             want = np.mean([float(log[epoch][name].float().mean()) for log in logs])
@@ -246,7 +244,8 @@ def test_the_mean_response_is_taken_after_the_layer(grid: Path) -> None:
     """By hand, of one layer of a trained network."""
     from sparse_bwd.training import load_run
 
-    ended = load_run(grid / "out" / "runs" / f"digits-{TINY}-velocity-bias-small-seed0", TINY)
+    line = Records(grid / "out").all()[0]
+    ended = load_run((grid / "out" / line["selection"]).parent, TINY)
     images = torch.randint(
         0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

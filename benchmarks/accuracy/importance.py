@@ -31,12 +31,12 @@ from sparse_bwd.training import RunConfig, Runtime, UserError
 
 # The question and its controls for every run, before the other orders for any.
 PASSES = ((NONE, SCORED[0], RANDOM), SCORED[1:])
-Key = tuple[str, str, int, str, int]
+Key = tuple[str, str, int, float, str, int]
 
 
 def key_of(line: dict[str, Any] | Any) -> Key:
-    """What tells a part from all others."""
-    return line["data"], line["model"], line["seed"], line["order"], line["part"]
+    """What tells a part from all others; those of another learning rate, as the trials once said, stay apart."""
+    return line["data"], line["model"], line["seed"], line["lr"], line["order"], line["part"]
 
 
 def parts_of(orders: Sequence[str]) -> list[tuple[str, int]]:
@@ -52,7 +52,9 @@ def measure(
     done = {key_of(line) for line in read_lines(path, key_of)}
     for orders in PASSES:
         for run in runs:
-            about = {"data": run.group.data, "model": run.group.model, "seed": run.seed}
+            about = {
+                "data": run.group.data, "model": run.group.model, "seed": run.seed, "lr": configs[run].recipe.lr,
+            }  # fmt: skip
             missing = [
                 (order, part)
                 for order, part in parts_of(orders)
@@ -63,7 +65,7 @@ def measure(
             about |= {
                 "method": run.group.method, "budget": run.budget, "batch_norm": run.group.batch_norm,
                 "after_epochs": options.after, "images": options.images,
-                "lr": configs[run].recipe.lr, "threads": options.threads, "commit": commit(Path(__file__).parent),
+                "threads": options.threads, "commit": commit(Path(__file__).parent),
             }  # fmt: skip
             with state_of(configs[run], options) as state:
                 for order, part in missing:
@@ -122,8 +124,11 @@ def measure_and_report(options: argparse.Namespace) -> int:
     runs = runs_of(plan, options.method, options.budget or first_budget(plan), options.seeds)
     options.report.parent.mkdir(parents=True, exist_ok=True)
     path = options.report.with_suffix(".jsonl")
-    measure(runs, configs_of(plan, runs, options), options, path)
-    print(report(plan, list(read_lines(path, key_of)), options.report))
+    configs = configs_of(plan, runs, options)
+    measure(runs, configs, options, path)
+    asked = {(run.group.data, run.group.model, run.seed, configs[run].recipe.lr) for run in runs}
+    lines = [line for line in read_lines(path, key_of) if key_of(line)[:4] in asked]
+    print(report(plan, lines, options.report))
     return 0
 
 

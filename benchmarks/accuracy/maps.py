@@ -38,6 +38,7 @@ from sparse_bwd.training.prepare import open_data
 from sparse_bwd.training.selected import decode, encode
 
 GRADIENT = "gradient norm"
+_STATE = ("data", "model", "method", "budget", "batch_norm", "seed", "lr", "epoch")
 Record = Mapping[str, Any]
 
 
@@ -85,8 +86,11 @@ def collect(plan: Plan, options: argparse.Namespace) -> list[Found]:
         any_run = next(iter(methods.values()))[0]
         plain = load_run(_folder(options, any_run[1]), model)
         chosen = {method: read_chosen(options.out, runs) for method, runs in methods.items()}
+        asked_for = {(run.group.data, run.group.model, run.seed, configs[run].recipe.lr) for run, _ in mine}
         lines = [
-            line for line in read_lines(states, state_key) if (line["data"], line["model"]) == (data, model)
+            line
+            for line in read_lines(states, state_key)
+            if (line["data"], line["model"], line["seed"], line["lr"]) in asked_for
         ]
         network, names = Weights(plain.model), plain.classes
         responses = _responses(mine, list(network.layers), configs, options) if mine else None
@@ -117,7 +121,7 @@ def _responses(
 
 def state_key(line: Record) -> tuple[Any, ...]:
     """What tells a state from all others."""
-    return tuple(line[name] for name in ("data", "model", "method", "budget", "batch_norm", "seed", "epoch"))
+    return tuple(line[name] for name in _STATE)
 
 
 def remake(run: Run, record: Record, config: RunConfig, options: argparse.Namespace, states: Path) -> None:
@@ -130,7 +134,7 @@ def remake(run: Run, record: Record, config: RunConfig, options: argparse.Namesp
 
     about = {
         "data": run.group.data, "model": run.group.model, "method": run.group.method, "budget": run.budget,
-        "batch_norm": run.group.batch_norm, "seed": run.seed,
+        "batch_norm": run.group.batch_norm, "seed": run.seed, "lr": config.recipe.lr,
     }  # fmt: skip
     done = {state_key(line) for line in read_lines(states, state_key)}
     epochs = range(2, config.recipe.epochs + 1)
