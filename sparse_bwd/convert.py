@@ -1,8 +1,9 @@
 """Swap a model's layers for lean ones in place, and swap them back.
 
 `convert` changes the class of each stock module and adds its compact state; the module objects, their full Parameters,
-hooks, names and flags stay what they were. Only exact types are swapped, and never a module that its parent bypasses,
-that is shared, or whose weight is tied or computed: those are left alone, and the report says why.
+hooks, names and flags stay what they were. Only exact types and known look-alikes (`nn/lookalike.py`) are swapped, and
+never a module that its parent bypasses, that is shared, or whose weight is tied or computed: those are left alone, and
+the report says why.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sparse_bwd.nn import affine_act, dropout, max_pool2d
+from sparse_bwd.nn import affine_act, dropout, layer_norm, max_pool2d, smooth_act
 from sparse_bwd.nn.chain import Chain, can_chain
 from sparse_bwd.nn.compact import TRAINABLE, CompactLayer, nearest
 from sparse_bwd.nn.conv import SparseConv2d
 from sparse_bwd.nn.linear import SparseLinear
+from sparse_bwd.nn.lookalike import LOOKALIKES, lookalike
+from sparse_bwd.nn.norm import ShiftedNorm, check_mode
 
 _STATELESS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ReLU: affine_act.ReLU,
@@ -29,11 +32,17 @@ _STATELESS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LeakyReLU: affine_act.LeakyReLU,
     nn.MaxPool2d: max_pool2d.MaxPool2d,
     nn.Dropout: dropout.Dropout,
+    nn.GELU: smooth_act.GELU,
+    nn.SiLU: smooth_act.SiLU,
+    nn.Hardswish: smooth_act.Hardswish,
+    nn.Hardsigmoid: smooth_act.Hardsigmoid,
 }
 _WEIGHTED: dict[type[nn.Module], type[CompactLayer]] = {
     nn.Conv2d: SparseConv2d,
     nn.Linear: SparseLinear,
     nn.BatchNorm2d: affine_act.BatchNorm2d,
+    nn.LayerNorm: layer_norm.LayerNorm,
+    nn.RMSNorm: layer_norm.RMSNorm,
 }
 _LEAN: dict[type[nn.Module], type[nn.Module]] = {**_STATELESS, **_WEIGHTED}
 _CANDIDATES: tuple[type[nn.Module], ...] = tuple(_LEAN)
@@ -50,7 +59,9 @@ class Report:
     swapped: dict[str, str] = field(default_factory=dict)  # name -> kind
     skipped: dict[str, str] = field(default_factory=dict)  # name -> reason
     always_trained: list[str] = field(default_factory=list)
-    outside: list[str] = field(default_factory=list)  # parameters of skipped modules that still train
+    outside: list[str] = field(
+        default_factory=list
+    )  # parameters that no swapped module holds and that still train
     trainable_params: int = 0
     all_params: int = 0
 
@@ -65,7 +76,7 @@ class Report:
         lines += [f"skipped: {name}: {reason}" for name, reason in self.skipped.items()]
         if self.outside:
             lines.append(
-                f"trained outside any budget: {len(self.outside)} parameters of skipped modules "
+                f"trained outside any budget: {len(self.outside)} parameters that no swapped module holds "
                 f"({', '.join(self.outside[:3])}{', ...' if len(self.outside) > 3 else ''}); "
                 "call requires_grad_(False) on them to freeze them"
             )
@@ -81,7 +92,7 @@ def convert(
     """Swap the layers of `model` in place; every swapped layer starts with nothing selected.
 
     Args:
-        batch_norm: mode of the swapped norms: "frozen", "bias" (shift trained) or "train" (PyTorch's).
+        batch_norm: mode of the swapped norms, batch or layer: "frozen", "bias" (shift trained) or "train" (PyTorch's).
         always_train: names of modules that stay as they are and are trained whole; None = the classifier
             (timm's `get_classifier`, else the last Linear); an empty list = none.
 
@@ -91,15 +102,14 @@ def convert(
     Raises:
         ValueError: an unknown mode or name, or a model that is converted already. The model is then unchanged.
     """
-    if batch_norm not in ("frozen", "bias", "train"):
-        raise ValueError(f"batch_norm must be 'frozen', 'bias' or 'train', not {batch_norm!r}.")
+    check_mode(batch_norm)
     if any(isinstance(m, CompactLayer | Chain) for m in model.modules()):
         raise ValueError("This model holds converted layers already; call sparse_bwd.restore(model) first.")
     report = Report(always_trained=_always_trained(model, always_train))
     inside = {m for name in report.always_trained for m in model.get_submodule(name).modules()}
     reasons = _reasons(model)
     for name, module in model.named_modules():
-        if module in inside or not isinstance(module, _CANDIDATES):
+        if module in inside or not _is_candidate(module):
             continue
         reason = reasons.get(module) or _own_reason(module, batch_norm)
         if reason:
@@ -108,11 +118,12 @@ def convert(
             report.swapped[name] = _swap(module, batch_norm)
     for name, module in reversed(list(model.named_modules())):  # inner Sequentials first
         if type(module).forward is nn.Sequential.forward and module not in inside and can_chain(module):
-            module.__dict__["_stock_class"] = type(module)
-            module.__class__ = Chain
+            _become(module, Chain)
             report.swapped[name] = "Chain"
-    for name in report.skipped:
-        report.outside += [n for n, p in model.get_submodule(name).named_parameters(name) if p.requires_grad]
+    for name, module in model.named_modules():
+        if module not in inside and not isinstance(module, CompactLayer):
+            own = module.named_parameters(name, recurse=False)
+            report.outside += [n for n, p in own if p.requires_grad]
     sized = [(n, p) for n, p in model.named_parameters() if not is_lazy(p)]
     report.trainable_params = sum(p.numel() for _, p in sized if p.requires_grad)
     report.all_params = sum(p.numel() for n, p in sized if not n.endswith(_COMPACT_NAMES))
@@ -130,9 +141,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, CompactLayer):
             module._strip_compact()
-        stock: type[nn.Module] | None = _STOCK.get(type(module))
-        if isinstance(module, Chain):
-            stock = module.__dict__.pop("_stock_class", None)
+        stock: type[nn.Module] | None = module.__dict__.pop("_stock_class", _STOCK.get(type(module)))
         if stock is not None:
             module.__class__ = stock
     return model
@@ -141,13 +150,27 @@ def restore(model: nn.Module) -> nn.Module:
 def _swap(module: nn.Module, batch_norm: str) -> str:
     """Change the module's class; returns its kind."""
     stock = type(module)
-    lean: type[nn.Module] = _LEAN[stock]
-    module.__class__ = lean
-    if isinstance(module, affine_act.BatchNorm2d):
+    alike = lookalike(module)
+    if alike is not None:
+        _become(module, alike)
+    else:
+        module.__class__ = _LEAN[stock]
+    if isinstance(module, ShiftedNorm):
         module._convert(batch_norm)
     elif isinstance(module, SparseConv2d | SparseLinear):
         module._convert()
     return stock.__name__
+
+
+def _become(module: nn.Module, lean: type[nn.Module]) -> None:
+    """Change the class of a module whose own class is not known from its lean one."""
+    module.__dict__["_stock_class"] = type(module)
+    module.__class__ = lean
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    """Whether the module is lean, could be, or is a subclass of what could be."""
+    return isinstance(module, (*_CANDIDATES, *LOOKALIKES)) or lookalike(module) is not None
 
 
 def _always_trained(model: nn.Module, names: str | Iterable[str] | None) -> list[str]:
@@ -227,7 +250,9 @@ def _own_reason(module: nn.Module, batch_norm: str) -> str | None:
         return "parametrised: its weight is computed from other parameters"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: it has no shape yet; run one batch through the model before converting"
-    if type(module) not in _STOCK.values():
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
+        return f"it normalises {len(module.normalized_shape)} axes; the lean one takes the last axis alone"
+    if type(module) not in _STOCK.values() and lookalike(module) is None:
         base = next(t.__name__ for t in type(module).__mro__ if t in _STOCK.values())
         return f"subclass: {type(module).__module__}.{type(module).__name__} is not exactly nn.{base}"
     if isinstance(module, nn.BatchNorm2d) and batch_norm != "train" and module.running_mean is None:
@@ -239,7 +264,7 @@ def reasons_to_skip(model: nn.Module) -> dict[str, str]:
     """Name -> why a module that could be lean is not, in a model that was converted; lean modules are left out."""
     reasons, found = _reasons(model), {}
     for name, module in model.named_modules():
-        if not isinstance(module, _CANDIDATES) or type(module) in _STOCK:
+        if not _is_candidate(module) or type(module) in _STOCK or isinstance(module, LOOKALIKES):
             continue
         trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         rest = "trained whole, beside the selection (always_train)" if trained else "it was not converted"

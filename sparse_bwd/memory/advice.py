@@ -5,11 +5,21 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from sparse_bwd.nn import BatchNorm2d, Chain, CompactLayer, Dropout, MaxPool2d, SparseConv2d, SparseLinear
+from sparse_bwd.nn import (
+    BatchNorm2d,
+    Chain,
+    CompactLayer,
+    Dropout,
+    Hardsigmoid,
+    MaxPool2d,
+    SparseConv2d,
+    SparseLinear,
+)
 from sparse_bwd.nn.affine_act import LeanActivation
+from sparse_bwd.nn.smooth_act import SmoothActivation
 
 BEFORE = "freeze every layer before it"
-LEAN = (CompactLayer, Chain, LeanActivation, MaxPool2d, Dropout)
+LEAN = (CompactLayer, Chain, LeanActivation, SmoothActivation, Hardsigmoid, MaxPool2d, Dropout)
 
 
 def how_to_free(module: nn.Module | None, dtype: torch.dtype) -> str:

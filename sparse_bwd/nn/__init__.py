@@ -7,8 +7,11 @@ from sparse_bwd.nn.chain import Chain
 from sparse_bwd.nn.compact import CompactLayer, trainable_parameters
 from sparse_bwd.nn.conv import SparseConv2d
 from sparse_bwd.nn.dropout import Dropout
+from sparse_bwd.nn.layer_norm import LayerNorm, RMSNorm
 from sparse_bwd.nn.linear import SparseLinear
 from sparse_bwd.nn.max_pool2d import MaxPool2d
+from sparse_bwd.nn.norm import ShiftedNorm
+from sparse_bwd.nn.smooth_act import GELU, Hardsigmoid, Hardswish, SiLU
 
 
 def layers(model: nn.Module) -> dict[str, SparseConv2d | SparseLinear]:
@@ -16,12 +19,13 @@ def layers(model: nn.Module) -> dict[str, SparseConv2d | SparseLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, SparseConv2d | SparseLinear)}
 
 
-def norms(model: nn.Module) -> dict[str, BatchNorm2d]:
-    """Name -> batch norm of this library, in `named_modules` order."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, BatchNorm2d)}
+def norms(model: nn.Module) -> dict[str, ShiftedNorm]:
+    """Name -> norm of this library, in `named_modules` order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, ShiftedNorm)}
 
 
 __all__ = [
-    "BatchNorm2d", "Chain", "CompactLayer", "Dropout", "Hardtanh", "LeakyReLU", "MaxPool2d", "ReLU", "ReLU6",
-    "SparseConv2d", "SparseLinear", "layers", "norms", "trainable_parameters",
+    "GELU", "BatchNorm2d", "Chain", "CompactLayer", "Dropout", "Hardsigmoid", "Hardswish", "Hardtanh", "LayerNorm",
+    "LeakyReLU", "MaxPool2d", "RMSNorm", "ReLU", "ReLU6", "ShiftedNorm", "SiLU", "SparseConv2d", "SparseLinear",
+    "layers", "norms", "trainable_parameters",
 ]  # fmt: skip

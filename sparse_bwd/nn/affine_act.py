@@ -8,15 +8,13 @@ Forward and backward each read and write one tensor; in place, forward allocates
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.nn.compact import CompactLayer, Slot
 from sparse_bwd.nn.function import Function, refuse_second_order
-from sparse_bwd.nn.index import as_index, beside
+from sparse_bwd.nn.norm import ShiftedNorm, check_mode
 from sparse_bwd.ops import affine_act as operators
 from sparse_bwd.ops.layout import dense_strides, is_channels_last
 from sparse_bwd.ops.norm_affine import norm_affine
@@ -172,7 +170,7 @@ class LeakyReLU(LeanActivation, nn.LeakyReLU):
         return Activation("leaky_relu", float(self.negative_slope))
 
 
-class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
+class BatchNorm2d(ShiftedNorm, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` in one of three modes, which `model.train()` does not change.
 
     | mode | statistics | trained | kept for backward |
@@ -184,64 +182,29 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
     A norm made directly starts in mode "train", which is the stock layer.
     """
 
-    mode: str
-
     def __init__(self, *args: Any, mode: str = "train", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._convert(mode)
-
-    def _convert(self, mode: str) -> None:
-        self._init_compact()
-        self.set_mode(mode)
-
-    def _strip_compact(self) -> None:
-        super()._strip_compact()
-        del self.mode
 
     weight = property(lambda self: self._read("weight"))
     bias = property(lambda self: self._read("bias"))
 
     def set_mode(self, mode: str) -> None:
-        """Change the mode; the shift is then trained whole ("bias", "train") or not at all ("frozen").
+        """Change the mode, as `ShiftedNorm` says.
 
         Raises:
             ValueError: an unknown mode, or a mode on running statistics for a norm that has none.
         """
-        if mode not in ("frozen", "bias", "train"):
-            raise ValueError(f"batch_norm must be 'frozen', 'bias' or 'train', not {mode!r}.")
         if mode != "train" and self.running_mean is None:
+            check_mode(mode)
             raise ValueError(
                 f"This BatchNorm2d has no running statistics, so mode '{mode}' cannot normalise; use 'train'."
             )
-        self.mode = mode
-        for name, flag in self._original_flags.items():
-            self._full(name).requires_grad_(flag and mode == "train")
-        self.set_channels(None if mode == "bias" else [])
+        super().set_mode(mode)
 
     def num_channels(self, axis: str = "out") -> int:
         """Channels, on either axis."""
         return self.num_features
-
-    def set_channels(self, index: Iterable[int] | Tensor | None) -> None:
-        """Train the shift of the channels `index` (None = all, empty = none) from now on.
-
-        Raises:
-            ValueError: the index does not fit, or the norm has no shift or trains as PyTorch's (mode "train").
-        """
-        chosen = as_index(index, self.num_features, "BatchNorm2d")
-        wanted = chosen is None or chosen.numel() > 0
-        has_shift = self._parameters["bias"] is not None
-        if wanted and self.mode == "train":
-            raise ValueError(
-                "A norm in mode 'train' trains its whole scale and shift; it cannot be selected."
-            )
-        if wanted and not has_shift and index is not None:
-            raise ValueError(
-                "This BatchNorm2d has no shift (affine=False), so its channels cannot be trained."
-            )
-        placed = None if chosen is None or not has_shift else chosen.to(beside(self._full("bias").device))
-        self._place({"bias": Slot(placed, 0, 1)} if wanted and has_shift else {})
-        self._index = placed if has_shift else torch.zeros(0, dtype=torch.int64)
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """Scale and shift, [C] each in float32 or float64, of the norm on its running statistics."""
@@ -273,9 +236,6 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
         if not self.on_running_statistics:
             return super().forward(input)
         return self.affine_act(input, IDENTITY, inplace=False)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, mode={self.mode}"
 
 
 def activation_of(module: nn.Module) -> Activation | None:

@@ -4,7 +4,8 @@
     dw = linear_dw(x, dy)      when channels are selected; keeps x (axis "out") or x[..., selected] (axis "in")
     db = sum dy                keeps nothing
 
-Bytes kept: 0 with nothing selected; e X on axis "out"; e X k / C_in on axis "in"; 8 k for the index.
+Bytes kept: 0 with nothing selected; e X on axis "out"; e X k / C_in on axis "in"; 8 k for the index. Where x is known
+to be made from what somebody keeps anyway (`recompute.py`), it is made again in backward and costs nothing on any axis.
 Extra multiplications: none; a weight gradient costs k / C of dense.
 """
 
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 from sparse_bwd.nn.compact import CompactLayer, Slot
 from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.nn.index import as_index, beside
+from sparse_bwd.nn.recompute import Origin, carry_origin, origin_of
 from sparse_bwd.ops.linear_dw import bias_gradient, linear_dw
 
 
 class LinearFunction(Function):
     """Arguments: x, full weight and bias (frozen), compact weight and bias, columns of x to keep (axis "in") or None,
     rows of dy that enter dw (axis "out") or None, rows of dy that enter db ("rows": the same; torch.compile wants no
-    tensor twice) or None."""
+    tensor twice) or None, how x can be made again or None."""
 
     @staticmethod
     def forward(
@@ -38,6 +40,7 @@ class LinearFunction(Function):
         keep: Tensor | None,
         rows: Tensor | None,
         bias_rows: Tensor | str | None,
+        origin: Origin | None,
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         # Beyond two dimensions PyTorch returns a view, which nobody might overwrite once a Function has returned it.
@@ -46,7 +49,7 @@ class LinearFunction(Function):
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, part, part_bias, keep, rows, bias_rows = inputs
+        x, weight, _, part, part_bias, keep, rows, bias_rows, origin = inputs
         ctx.same_rows = isinstance(bias_rows, str)
         bias_rows = rows if ctx.same_rows else bias_rows
         needs_dx, needs_dw, needs_db = (
@@ -54,28 +57,35 @@ class LinearFunction(Function):
             ctx.needs_input_grad[3],
             ctx.needs_input_grad[4],
         )
-        kept = (x if keep is None else x.index_select(-1, keep)) if needs_dw else None
+        ctx.compute = origin.compute if origin is not None and needs_dw else None
+        again = () if ctx.compute is None else (keep, *origin.tensors)
+        kept = (x if keep is None else x.index_select(-1, keep)) if needs_dw and not again else None
         ctx.save_for_backward(
             kept, weight if needs_dx else None, part if needs_dw else None, rows if needs_dw else None,
-            bias_rows if needs_db else None,
+            bias_rows if needs_db else None, *again,
         )  # fmt: skip
         ctx.dtypes = [None if p is None else p.dtype for p in (part, part_bias)]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_second_order("SparseLinear")
-        x, weight, _, rows, bias_rows = ctx.saved_tensors
+        x, weight, _, rows, bias_rows, *again = ctx.saved_tensors
         dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dx = dy.matmul(weight.to(dy.dtype))
+        if ctx.compute is not None:
+            keep, *tensors = again
+            x = ctx.compute(*tensors)
+            x = x if keep is None else x.index_select(-1, keep)
         if ctx.needs_input_grad[3]:
             both = ctx.needs_input_grad[4] and ctx.same_rows
             dw, db = linear_dw(x, dy, rows, both)
             dw = dw.to(ctx.dtypes[0])
             db = db if both else None
+        del x  # what was made again ends before dx begins
+        if ctx.needs_input_grad[0]:
+            dx = dy.matmul(weight.to(dy.dtype))
         if ctx.needs_input_grad[4]:
             db = (bias_gradient(dy, bias_rows, -1) if db is None else db).to(ctx.dtypes[1])
-        return dx, None, None, dw, db, None, None, None
+        return dx, None, None, dw, db, *[None] * 4
 
 
 class SparseLinear(CompactLayer, nn.Linear):
@@ -134,7 +144,7 @@ class SparseLinear(CompactLayer, nn.Linear):
             input, weight, bias, self._parameters["trainable_weight"], self._parameters["trainable_bias"],
             index if self.axis == "in" else None, rows,
             # The layer holds one vector where both are equal, so that no values need to be compared.
-            "rows" if bias_rows is rows else bias_rows,
+            "rows" if bias_rows is rows else bias_rows, origin_of(input),
         )  # fmt: skip
         return y
 
@@ -175,5 +185,5 @@ def autocast_input(x: Tensor) -> Tensor:
     if device == "meta":  # autocast does not know it
         return x
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
+        return carry_origin(x, x.to(torch.get_autocast_dtype(device)))
     return x

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.nn import BatchNorm2d, CompactLayer, SparseConv2d, SparseLinear, layers, norms
+from sparse_bwd.nn import CompactLayer, ShiftedNorm, SparseConv2d, SparseLinear, layers, norms
 from sparse_bwd.nn.compact import TRAINABLE, Slot
 from sparse_bwd.selection.selection import Channels, Selection
 
@@ -58,7 +58,7 @@ def apply(
 
 
 def _select(layer: CompactLayer, channels: Channels | None) -> None:
-    if isinstance(layer, BatchNorm2d):
+    if isinstance(layer, ShiftedNorm):
         if channels is not None:
             layer.set_channels(channels.index)
         else:

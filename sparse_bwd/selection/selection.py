@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.nn import BatchNorm2d, layers, norms
+from sparse_bwd.nn import ShiftedNorm, layers, norms
 
 AXES = ("out", "in")
 BIAS_MODES = ("selected", "all", "none")
@@ -150,7 +150,7 @@ class Selection(Mapping[str, Channels]):
             if name in swapped:
                 channels = swapped[name].num_channels(chosen.axis)
             elif name in normed:
-                channels = normed[name].num_features
+                channels = normed[name].num_channels()
                 _check_norm(name, chosen, normed[name])
             else:
                 raise ValueError(_unknown(name, model, [*swapped, *normed]))
@@ -213,7 +213,7 @@ class Selection(Mapping[str, Channels]):
         return cls(channels)
 
 
-def _check_norm(name: str, chosen: Channels, norm: BatchNorm2d) -> None:
+def _check_norm(name: str, chosen: Channels, norm: ShiftedNorm) -> None:
     """Of a norm layer only the shift can be trained, its channels are outputs, and a stock norm trains as it is."""
     if chosen.axis != "out" or chosen.bias != "selected":
         raise ValueError(
@@ -222,13 +222,13 @@ def _check_norm(name: str, chosen: Channels, norm: BatchNorm2d) -> None:
         )
     if chosen.index is not None and len(chosen.index) == 0:
         return
-    if not norm.on_running_statistics:
+    if norm.mode == "train":
         raise ValueError(
             f"Norm layer {name!r} is in mode 'train', where scale and shift are trained whole; convert with "
             "batch_norm='frozen' or 'bias' to select its channels."
         )
-    if chosen.index is not None and not norm.affine:
-        raise ValueError(f"Norm layer {name!r} has no shift (affine=False), so that none can be trained.")
+    if chosen.index is not None and not norm.has_shift:
+        raise ValueError(f"Norm layer {name!r} has no shift, so that none can be trained.")
 
 
 def _unknown(name: str, model: nn.Module, known: list[str]) -> str:
