@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sparse_bwd.nn import affine_act, dropout, layer_norm, max_pool2d, smooth_act
+from sparse_bwd.nn import affine_act, conv_nd, dropout, layer_norm, max_pool2d, smooth_act
 from sparse_bwd.nn.chain import Chain, can_chain
 from sparse_bwd.nn.compact import TRAINABLE, CompactLayer, nearest
 from sparse_bwd.nn.conv import SparseConv2d
+from sparse_bwd.nn.embedding import SparseEmbedding
 from sparse_bwd.nn.linear import SparseLinear
 from sparse_bwd.nn.lookalike import LOOKALIKES, lookalike
 from sparse_bwd.nn.norm import ShiftedNorm, check_mode
+from sparse_bwd.nn.sparse_layer import SparseLayer
 
 _STATELESS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ReLU: affine_act.ReLU,
@@ -40,6 +42,12 @@ _STATELESS: dict[type[nn.Module], type[nn.Module]] = {
 _WEIGHTED: dict[type[nn.Module], type[CompactLayer]] = {
     nn.Conv2d: SparseConv2d,
     nn.Linear: SparseLinear,
+    nn.Conv1d: conv_nd.SparseConv1d,
+    nn.Conv3d: conv_nd.SparseConv3d,
+    nn.ConvTranspose1d: conv_nd.SparseConvTranspose1d,
+    nn.ConvTranspose2d: conv_nd.SparseConvTranspose2d,
+    nn.ConvTranspose3d: conv_nd.SparseConvTranspose3d,
+    nn.Embedding: SparseEmbedding,
     nn.BatchNorm2d: affine_act.BatchNorm2d,
     nn.LayerNorm: layer_norm.LayerNorm,
     nn.RMSNorm: layer_norm.RMSNorm,
@@ -157,7 +165,7 @@ def _swap(module: nn.Module, batch_norm: str) -> str:
         module.__class__ = _LEAN[stock]
     if isinstance(module, ShiftedNorm):
         module._convert(batch_norm)
-    elif isinstance(module, SparseConv2d | SparseLinear):
+    elif isinstance(module, SparseLayer):
         module._convert()
     return stock.__name__
 
@@ -250,6 +258,8 @@ def _own_reason(module: nn.Module, batch_norm: str) -> str | None:
         return "parametrised: its weight is computed from other parameters"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: it has no shape yet; run one batch through the model before converting"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "it has max_norm, which rewrites rows of the table in forward"
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
         return f"it normalises {len(module.normalized_shape)} axes; the lean one takes the last axis alone"
     if type(module) not in _STOCK.values() and lookalike(module) is None:

@@ -19,7 +19,7 @@ class Subclass(nn.Conv2d):
 
 
 class Awkward(nn.Module):
-    """One module of every kind that must be left alone."""
+    """One module of every kind that must be left alone, and a few that must not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,6 +45,7 @@ REASONS = {
     "attention.out_proj": "MultiheadAttention",
     "shared": "shared",
     "tied": "tied",
+    "embedding": "tied",
     "parametrised": "parametri",
     "spectral": "parametri",
     "lazy": "lazy",
@@ -56,13 +57,15 @@ def test_report_names_what_was_left_alone_and_why() -> None:
     model = Awkward()
     types = {name: type(module) for name, module in model.named_modules()}
     report = sb.convert(model, always_train=[])
-    assert set(report.swapped) == {"plain", "act"}
+    assert set(report.swapped) == {"plain", "act", "transposed", "one_dimensional"}
     assert set(report.skipped) == set(REASONS)
     for name, word in REASONS.items():
         assert word in report.skipped[name], (name, report.skipped[name])
         assert type(model.get_submodule(name)) is types[name]
         assert name in str(report)
-    assert type(model.transposed) is nn.ConvTranspose2d and type(model.one_dimensional) is nn.Conv1d
+    kept = {name.rpartition(".")[0] for name in report.outside}
+    assert kept - {""} == {"subclass", "attention", "attention.out_proj", "shared", "tied", "parametrised",
+                           "parametrised.parametrizations.weight", "spectral", "lazy", "no_statistics"}  # fmt: skip
 
 
 def test_skipped_layers_keep_their_flags() -> None:
@@ -70,7 +73,7 @@ def test_skipped_layers_keep_their_flags() -> None:
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     sb.convert(model, always_train=[])
     for name, parameter in model.named_parameters():
-        if not name.startswith("plain"):
+        if not name.startswith(("plain", "transposed", "one_dimensional")):
             assert parameter.requires_grad == flags[name], name
 
 

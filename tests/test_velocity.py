@@ -17,7 +17,7 @@ from sparse_bwd.ops.response import response_plain
 from sparse_bwd.ops.sketch import response_sketch_plain
 from sparse_bwd.selection.policies import make_meter
 from sparse_bwd.selection.probe import in_mode, noise_images
-from sparse_bwd.selection.responses import ResponseMeter, channel_view, on_the_host, similarity
+from sparse_bwd.selection.responses import ResponseMeter, on_the_host, similarity
 from sparse_bwd.selection.velocity import Velocity
 from tests.velocity_net import Net, edit, shapes
 
@@ -75,13 +75,13 @@ def test_equal_responses_give_exactly_one():
 def test_channel_view():
     conv, linear = nn.Conv2d(3, 5, 1), nn.Linear(4, 6)
     sb_conv, sb_linear = sb.SparseConv2d(3, 5, 1), sb.SparseLinear(4, 6)
-    assert channel_view(sb_conv, conv(torch.zeros(2, 3, 4, 4))).shape == (2, 5, 4, 4)
-    assert channel_view(sb_conv, conv(torch.zeros(3, 4, 4))).shape == (1, 5, 4, 4)
+    assert sb_conv.by_channel(conv(torch.zeros(2, 3, 4, 4))).shape == (2, 5, 4, 4)
+    assert sb_conv.by_channel(conv(torch.zeros(3, 4, 4))).shape == (1, 5, 4, 4)
     tokens = linear(torch.randn(2, 7, 4))
-    assert torch.equal(channel_view(sb_linear, tokens)[1, 3], tokens[1, :, 3])
+    assert torch.equal(sb_linear.by_channel(tokens)[1, 3], tokens[1, :, 3])
     batch = linear(torch.randn(9, 4))
-    assert torch.equal(channel_view(sb_linear, batch), batch.t()[None])  # one vector over the batch
-    assert channel_view(sb_linear, batch[0]).shape == (1, 6, 1)
+    assert torch.equal(sb_linear.by_channel(batch), batch.t()[None])  # one vector over the batch
+    assert sb_linear.by_channel(batch[0]).shape == (1, 6, 1)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_bwd.memory.predict import Prediction, predict
 from sparse_bwd.memory.timeline import unique_bytes
-from sparse_bwd.nn import SparseConv2d, SparseLinear, layers
+from sparse_bwd.nn import SparseLayer, layers
 from sparse_bwd.selection import Budget, Policy, Selection
 from sparse_bwd.selection.flops import backward_flops
 from sparse_bwd.selection.limits import example_loss
@@ -153,13 +153,13 @@ def _rows(model: nn.Module, found: Prediction, flops: dict[str, int], axis: str)
     return rows
 
 
-def _trained(layer: SparseConv2d | SparseLinear) -> int:
+def _trained(layer: SparseLayer) -> int:
     if layer._parameters["trainable_weight"] is None:
         return 0
     return layer.num_channels(layer.axis) if layer.channels is None else len(layer.channels)
 
 
-def _weights(layer: SparseConv2d | SparseLinear) -> int:
+def _weights(layer: SparseLayer) -> int:
     """Trained weights, biases not counted."""
     trained = layer._parameters["trainable_weight"]
     return 0 if trained is None else trained.numel()

@@ -12,8 +12,8 @@ from sparse_bwd.nn import (
     Dropout,
     Hardsigmoid,
     MaxPool2d,
-    SparseConv2d,
-    SparseLinear,
+    SparseEmbedding,
+    SparseLayer,
 )
 from sparse_bwd.nn.affine_act import LeanActivation
 from sparse_bwd.nn.smooth_act import SmoothActivation
@@ -26,7 +26,7 @@ def how_to_free(module: nn.Module | None, dtype: torch.dtype) -> str:
     """What would free a tensor of this dtype that `module` keeps (None: it was saved outside of any module)."""
     if module is None:
         return "nothing in the model: the loss, or code around the model, keeps it"
-    if isinstance(module, SparseConv2d | SparseLinear):
+    if isinstance(module, SparseLayer):
         return _weighted(module, dtype)
     if isinstance(module, BatchNorm2d) and module.mode == "train":
         return 'set the norm to "frozen" or "bias": sb.convert(model, batch_norm="bias")'
@@ -40,12 +40,14 @@ def how_to_free(module: nn.Module | None, dtype: torch.dtype) -> str:
     return f"{kind} has no lean version; {BEFORE}"
 
 
-def _weighted(layer: SparseConv2d | SparseLinear, dtype: torch.dtype) -> str:
+def _weighted(layer: SparseLayer, dtype: torch.dtype) -> str:
+    if isinstance(layer, SparseEmbedding):
+        return "select no token: these are the ids, or the index of the selection"
     if dtype is torch.int64:
         return "select whole layers or nothing: this is the index of the selection"
     if layer.axis == "in":
         return "select fewer input channels, or freeze it"
-    if isinstance(layer, SparseConv2d) and layer.groups > 1:
+    if layer.groups > 1:
         return "select channels of fewer groups, or freeze it"
     return 'select on axis "in", or freeze it'
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_bwd.nn import SparseLayer
+
 from .saved import SavedTensors, _Held, storage_key
 
 MODEL = "(model)"  # what runs before the first layer, and parameters of no layer
@@ -44,7 +46,7 @@ class LayerOrder:
                 handle.remove()
 
     def _enter(self, name: str, module: nn.Module) -> Any:
-        opens = isinstance(module, nn.Conv2d | nn.Linear)
+        opens = isinstance(module, nn.Conv2d | nn.Linear | SparseLayer)
 
         def enter(*_: Any) -> None:
             if opens:

@@ -165,7 +165,7 @@ def velocity_layers(
 
     What is kept of the responses to the probe, and three float64 numbers per channel (selection/velocity.py).
     """
-    from sparse_bwd.nn import SparseConv2d, SparseLinear, layers
+    from sparse_bwd.nn import SparseLayer, layers
 
     fake, mode = fake_copy(model)
     bytes_of = _kept_bytes(measure, storage, numbers)
@@ -173,9 +173,8 @@ def velocity_layers(
     sizes = {name: 3 * 8 * layer.num_channels(axis) for layer, name in swapped.items()}
     called: set[nn.Module] = set()
 
-    def record(layer: SparseConv2d | SparseLinear, args: tuple[Any, ...], output: Tensor) -> None:
-        depthwise = isinstance(layer, SparseConv2d) and layer.depthwise
-        kept = output if axis == "out" or depthwise else args[0]
+    def record(layer: SparseLayer, args: tuple[Any, ...], output: Tensor) -> None:
+        kept = output if axis == "out" or layer.one_axis else args[0]
         sizes[swapped[layer]] += bytes_of(kept, layer.num_channels(axis), layer not in called)
         called.add(layer)
 

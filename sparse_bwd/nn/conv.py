@@ -11,19 +11,17 @@ Asymmetric and non-zero padding is redone in backward, so that x and not its pad
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_bwd.nn.affine_act import IDENTITY, Activation, BatchNorm2d, affine_act
-from sparse_bwd.nn.compact import CompactLayer
 from sparse_bwd.nn.conv_block import Step, run_steps
+from sparse_bwd.nn.conv_layer import ConvLayer
 from sparse_bwd.nn.function import Function, refuse_second_order
-from sparse_bwd.nn.index import Move, as_index, mover
-from sparse_bwd.nn.linear import autocast_input, check_words, place_selection
-from sparse_bwd.ops.conv2d_dw import Plan, conv2d_dw, kept_input, make_plan
+from sparse_bwd.nn.linear import autocast_input
+from sparse_bwd.ops.conv2d_dw import Plan, conv2d_dw, kept_input
 from sparse_bwd.ops.conv_chain import DB, DSHIFT, DW, DX, Block, activation_code, geometry_numbers
 from sparse_bwd.ops.linear_dw import bias_gradient
 from sparse_bwd.ops.padding import Geometry, conv2d_dx, pad
@@ -96,13 +94,12 @@ class Conv2dFunction(Function):
         return (dx, None, None, dw, db, *[None] * 7)
 
 
-class SparseConv2d(CompactLayer, nn.Conv2d):
+class SparseConv2d(ConvLayer, nn.Conv2d):
     """Convolution that trains the selected channels only; arguments, shapes and values of `torch.nn.Conv2d`.
 
     A layer made directly is trained whole, like the stock one; `set_channels` (or `sparse_bwd.apply`) selects.
     """
 
-    _plan: Plan
     _geometry: Geometry
     _numbers: tuple[int, ...]  # of a block; empty: the native library does not know the geometry or the plan
 
@@ -112,73 +109,21 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
         self.set_channels(None, bias="all")
 
     def _convert(self) -> None:
-        self._init_compact()
-        self._geometry = _geometry_of(self)
-        self._plan, self._numbers = Plan(None, None, None, None, self.groups), ()
-        for name in ("weight", "bias"):
-            parameter = self._parameters[name]
-            if parameter is not None:
-                parameter.requires_grad_(False)
+        super()._convert()
+        self._geometry, self._numbers = _geometry_of(self), ()
 
     def _strip_compact(self) -> None:
         super()._strip_compact()
-        del self._geometry, self._plan, self._numbers
+        del self._geometry, self._numbers
 
     weight = property(lambda self: self._read("weight"))
     bias = property(lambda self: self._read("bias"))
 
-    @property
-    def depthwise(self) -> bool:
-        """One input and one output channel per group: both axes are the same."""
-        return self.groups == self.in_channels == self.out_channels
-
-    def num_channels(self, axis: str = "out") -> int:
-        """Channels on the axis: output channels ("out") or input channels ("in")."""
-        return self.out_channels if axis == "out" else self.in_channels
-
-    def channel_cost(self, axis: str = "out") -> int:
-        """Weights of one channel, groups respected (its bias is not counted)."""
-        across = self.in_channels if axis == "out" else self.out_channels
-        return across // self.groups * self.kernel_size[0] * self.kernel_size[1]
-
-    def set_channels(
-        self, index: Iterable[int] | Tensor | None, axis: str = "out", bias: str = "selected"
-    ) -> None:
-        """Train the channels `index` (None = all, empty = none) of `axis` from now on.
-
-        Args:
-            axis: "out" or "in"; in a depthwise layer "in" means the same channels and is stored as "out".
-            bias: "selected" (of the selected outputs; axis "out" only), "all" or "none".
-
-        Raises:
-            ValueError, TypeError: the index or a word does not fit the layer.
-        """
-        check_words(axis, bias, "SparseConv2d")
-        axis = "out" if self.depthwise else axis
-        chosen = as_index(index, self.num_channels(axis), f"SparseConv2d, axis '{axis}',")
-        if chosen is None or chosen.numel():
-            every = chosen is None or chosen.numel() == self.num_channels(axis)
-            plan = make_plan(
-                None if every else chosen, axis, self.in_channels, self.out_channels, self.groups
-            )
-        else:
-            plan = Plan(None, None, None, None, self.groups)
-        place_selection(
-            self, chosen, axis, bias, 0 if axis == "out" else 1, self.groups if axis == "in" else 1
-        )
-        # The plan shares the layer's own index where it can, so that backward keeps one vector and not two.
-        keep = self._index if plan.keep is chosen else plan.keep
-        rows = self._index if plan.rows is chosen else plan.rows
-        self._plan = plan._replace(keep=keep, rows=rows)
-        self._move_index(mover(self._full("weight").device))
+    def _use(self, plan: Plan) -> None:
+        super()._use(plan)
         known = plan.spread is None and plan.pick is None and not self._geometry.pads_outside
         served = known and (self.groups == 1 or self.depthwise)
         self._numbers = geometry_numbers(self._geometry, self.kernel_size, plan.groups) if served else ()
-
-    def _move_index(self, move: Move) -> None:
-        super()._move_index(move)
-        keep, spread, rows, pick, groups = self._plan
-        self._plan = Plan(move(keep), move(spread), move(rows), move(pick), groups)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3:

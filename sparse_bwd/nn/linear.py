@@ -12,16 +12,16 @@ Extra multiplications: none; a weight gradient costs k / C of dense.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_bwd.nn.compact import CompactLayer, Slot
 from sparse_bwd.nn.function import Function, refuse_second_order
-from sparse_bwd.nn.index import as_index, beside
+from sparse_bwd.nn.index import as_index
 from sparse_bwd.nn.recompute import Origin, carry_origin, origin_of
+from sparse_bwd.nn.sparse_layer import SparseLayer, check_words, place_selection
 from sparse_bwd.ops.linear_dw import bias_gradient, linear_dw
 
 
@@ -88,34 +88,14 @@ class LinearFunction(Function):
         return dx, None, None, dw, db, *[None] * 4
 
 
-class SparseLinear(CompactLayer, nn.Linear):
-    """Linear layer that trains the selected channels only; arguments, shapes and values of `torch.nn.Linear`.
+class FeatureLayer(SparseLayer):
+    """A product over the last axis of its input, whatever the layout of its weight."""
 
-    A layer made directly is trained whole, like the stock one; `set_channels` (or `sparse_bwd.apply`) selects.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._convert()
-        self.set_channels(None, bias="all")
-
-    def _convert(self) -> None:
-        self._init_compact()
-        for name in ("weight", "bias"):
-            parameter = self._parameters[name]
-            if parameter is not None:
-                parameter.requires_grad_(False)
-
-    weight = property(lambda self: self._read("weight"))
-    bias = property(lambda self: self._read("bias"))
-
-    def num_channels(self, axis: str = "out") -> int:
-        """Channels on the axis: output features ("out") or input features ("in")."""
-        return self.out_features if axis == "out" else self.in_features
+    dims: ClassVar[dict[str, int]] = {"out": 0, "in": 1}  # where the channels of an axis lie in the weight
 
     def channel_cost(self, axis: str = "out") -> int:
         """Weights of one channel (its bias is not counted)."""
-        return self.in_features if axis == "out" else self.out_features
+        return self.num_channels("in" if axis == "out" else "out")
 
     def set_channels(
         self, index: Iterable[int] | Tensor | None, axis: str = "out", bias: str = "selected"
@@ -128,55 +108,88 @@ class SparseLinear(CompactLayer, nn.Linear):
         Raises:
             ValueError, TypeError: the index or a word does not fit the layer.
         """
-        check_words(axis, bias, "SparseLinear")
-        chosen = as_index(index, self.num_channels(axis), f"SparseLinear, axis '{axis}',")
-        place_selection(self, chosen, axis, bias, 0 if axis == "out" else 1, 1)
+        kind = type(self).__name__
+        check_words(axis, bias, kind)
+        chosen = as_index(index, self.num_channels(axis), f"{kind}, axis '{axis}',")
+        place_selection(self, chosen, axis, bias, self.dims[axis], 1)
 
-    def forward(self, input: Tensor) -> Tensor:
-        self.synchronise()
-        weight, bias = self.current("weight"), self.current("bias")
-        input = autocast_input(input)
+    def by_channel(self, values: Tensor) -> Tensor:
+        """[B, *, F] becomes [B, F, *].
+
+        With [B, F] or [F] a sample would have one number per feature, whose cosine is only a sign, so the vector runs
+        over the batch: [1, F, B].
+        """
+        if values.dim() <= 2:
+            return values.reshape(-1, values.shape[-1]).t().unsqueeze(0)
+        return values.movedim(-1, 1)
+
+    def is_batched(self, values: Tensor) -> bool:
+        return values.dim() > 1
+
+    def product(self, x: Tensor, weight: Tensor | None, part: Tensor | None) -> Tensor:
+        """x weight^T + bias; weight [C_out, C_in] and part [k, C_in] or [C_out, k] are the full and compact weight."""
+        x = autocast_input(x)
         slot, bias_slot = self._slots.get("weight"), self._slots.get("bias")
         index = None if slot is None else slot.index
         rows = index if self.axis == "out" else None
         bias_rows = None if bias_slot is None else bias_slot.index
         y: Tensor = LinearFunction.apply(
-            input, weight, bias, self._parameters["trainable_weight"], self._parameters["trainable_bias"],
+            x, weight, self.current("bias"), part, self._parameters["trainable_bias"],
             index if self.axis == "in" else None, rows,
             # The layer holds one vector where both are equal, so that no values need to be compared.
-            "rows" if bias_rows is rows else bias_rows, origin_of(input),
+            "rows" if bias_rows is rows else bias_rows, origin_of(x),
         )  # fmt: skip
         return y
 
 
-def check_words(axis: str, bias: str, what: str) -> None:
-    """Refuse an axis or a bias mode that does not exist."""
-    if axis not in ("out", "in"):
-        raise ValueError(f"{what}: axis must be 'out' or 'in', not {axis!r}.")
-    if bias not in ("selected", "all", "none"):
-        raise ValueError(f"{what}: bias must be 'selected', 'all' or 'none', not {bias!r}.")
-    if axis == "in" and bias == "selected":
-        raise ValueError(f"{what}: on axis 'in' no output is selected, so bias must be 'all' or 'none'.")
+class SparseLinear(FeatureLayer, nn.Linear):
+    """Linear layer that trains the selected channels only; arguments, shapes and values of `torch.nn.Linear`.
+
+    A layer made directly is trained whole, like the stock one; `set_channels` (or `sparse_bwd.apply`) selects.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._convert()
+        self.set_channels(None, bias="all")
+
+    weight = property(lambda self: self._read("weight"))
+    bias = property(lambda self: self._read("bias"))
+
+    def num_channels(self, axis: str = "out") -> int:
+        """Channels on the axis: output features ("out") or input features ("in")."""
+        return self.out_features if axis == "out" else self.in_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.synchronise()
+        return self.product(input, self.current("weight"), self._parameters["trainable_weight"])
 
 
-def place_selection(
-    layer: CompactLayer, chosen: Tensor | None, axis: str, bias: str, dim: int, groups: int
-) -> None:
-    """Make the slots of a weight-bearing layer from a checked selection and install them."""
-    full = layer._full("weight")
-    layer_index = None if chosen is None else chosen.to(beside(full.device))
-    # An index of all channels is no gather at all.
-    index = None if chosen is not None and chosen.numel() == layer.num_channels(axis) else layer_index
-    slots: dict[str, Slot] = {}
-    if index is None or index.numel():
-        slots["weight"] = Slot(index, dim, groups)
-    if layer._parameters["bias"] is not None:
-        if bias == "all":
-            slots["bias"] = Slot(None, 0, 1)
-        elif bias == "selected" and "weight" in slots:
-            slots["bias"] = Slot(index, 0, 1)
-    layer._place(slots)
-    layer._index, layer.axis, layer.bias_mode = layer_index, axis, bias
+class TransposedLinear(FeatureLayer):
+    """A linear layer whose weight is [C_in, C_out], with `nx` inputs and `nf` outputs: the Conv1D of transformers.
+
+    On axis "out" the compact weight is [C_in, k], on "in" [k, C_out].
+    """
+
+    dims: ClassVar[dict[str, int]] = {"out": 1, "in": 0}
+    nx: int
+    nf: int
+    weight = property(lambda self: self._read("weight"))
+    bias = property(lambda self: self._read("bias"))
+
+    def num_channels(self, axis: str = "out") -> int:
+        """Channels on the axis: output features ("out") or input features ("in")."""
+        return self.nf if axis == "out" else self.nx
+
+    def as_rows(self, values: Tensor) -> Tensor:
+        """The transposed view, [C_out, C_in]."""
+        return values.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.synchronise()
+        weight, part = self.current("weight"), self._parameters["trainable_weight"]
+        assert weight is not None
+        return self.product(x, weight.t(), None if part is None else part.t())
 
 
 def autocast_input(x: Tensor) -> Tensor:

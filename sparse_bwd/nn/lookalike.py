@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_bwd.nn.layer_norm import LayerNorm, RMSNorm, rms_norm
+from sparse_bwd.nn.linear import TransposedLinear
 from sparse_bwd.nn.norm import ShiftedNorm
 from sparse_bwd.nn.recompute import note_origin
 from sparse_bwd.nn.smooth_act import SmoothActivation
@@ -96,6 +97,7 @@ _BY_NAME: dict[str, type[nn.Module]] = {
     _TRANSFORMERS + "FastGELUActivation": TanhGELU,
     _TRANSFORMERS + "QuickGELUActivation": QuickGELU,
     _TRANSFORMERS + "SiLUActivation": PlainSiLU,
+    "transformers.pytorch_utils.Conv1D": TransposedLinear,
 }
 LOOKALIKES: tuple[type[nn.Module], ...] = (*dict.fromkeys(_BY_NAME.values()), WeightRMSNorm)
 

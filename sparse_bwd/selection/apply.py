@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.nn import CompactLayer, ShiftedNorm, SparseConv2d, SparseLinear, layers, norms
+from sparse_bwd.nn import CompactLayer, ShiftedNorm, SparseLayer, layers, norms
 from sparse_bwd.nn.compact import TRAINABLE, Slot
 from sparse_bwd.selection.selection import Channels, Selection
 
@@ -63,7 +63,7 @@ def _select(layer: CompactLayer, channels: Channels | None) -> None:
             layer.set_channels(channels.index)
         else:
             layer.set_channels(None if layer.mode == "bias" else [])
-    elif isinstance(layer, SparseConv2d | SparseLinear):
+    elif isinstance(layer, SparseLayer):
         if channels is not None:
             layer.set_channels(channels.index, axis=channels.axis, bias=channels.bias)
         else:

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from sparse_bwd.memory.saved import calling_modules, storage_key
 from sparse_bwd.memory.simulate import call, fake_copy, fake_inputs, simulation
 from sparse_bwd.memory.timeline import state_tensors, unique_bytes
-from sparse_bwd.nn import SparseConv2d, layers
+from sparse_bwd.nn import SparseLayer, layers
 from sparse_bwd.selection.apply import apply
 from sparse_bwd.selection.costs import CostTable
 from sparse_bwd.selection.knapsack import Charges
 from sparse_bwd.selection.selection import Channels, Selection
-from sparse_bwd.selection.weights import Layer
 
 Optimizer = torch.optim.Optimizer
 
@@ -139,19 +138,20 @@ class _Watch:
         for handle in handles:
             handle.remove()
 
-    def _called(self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+    def _called(
+        self, layer: SparseLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
         i = self.place[layer]
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         self._alive.append(x)
         self.first.setdefault(i, len(self.first))
-        self.positions[i] = self.positions.get(i, 0) + output.numel() // layer.num_channels("out")
-        grouped = isinstance(layer, SparseConv2d) and layer.groups > 1
-        if self.axis == "in" or (isinstance(layer, SparseConv2d) and layer.depthwise):
+        self.positions[i] = self.positions.get(i, 0) + layer.positions(x, output)
+        if self.axis == "in" or layer.one_axis:
             size = x.numel() * x.element_size() // self.channels[i]
             self.slice_bytes[i] = self.slice_bytes.get(i, 0) + size
         else:
             # The touched groups of a grouped layer are a copy of its own; at most as large as the input.
-            key = storage_key(x) if not grouped else -1 - i
+            key = storage_key(x) if layer.groups == 1 else -1 - i
             self.whole[i] = key
             self._sizes[key] = x.untyped_storage().nbytes()
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bwd.memory.simulate import call, fake_copy, fake_inputs, simulation
-from sparse_bwd.nn import SparseConv2d, SparseLinear
+from sparse_bwd.nn import SparseLayer
 from sparse_bwd.selection.apply import apply
 
 
@@ -34,7 +34,7 @@ def backward_flops(model: nn.Module, selection: Any, batch: Any) -> dict[str, in
     def count(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        positions = y.numel() // weight.shape[0]
+        positions = layer.positions(x, y) if isinstance(layer, SparseLayer) else y.numel() // weight.shape[0]
         trained = _trained_weights(layer, weight)
         operations = 2 * positions * (trained + (weight.numel() if x.requires_grad else 0))
         if operations:
@@ -43,7 +43,7 @@ def backward_flops(model: nn.Module, selection: Any, batch: Any) -> dict[str, in
     handles = [
         layer.register_forward_hook(_reader(name, count), with_kwargs=True)
         for name, layer in fake.named_modules()
-        if isinstance(layer, SparseConv2d | SparseLinear | nn.Conv2d | nn.Linear)
+        if isinstance(layer, SparseLayer | nn.Conv2d | nn.Linear)
     ]
     with simulation(mode), torch.enable_grad():
         call(fake, fake_inputs(batch, mode))
@@ -61,7 +61,7 @@ def _reader(name: str, count: Any) -> Any:
 
 def _trained_weights(layer: nn.Module, weight: Tensor) -> int:
     """Weights of the layer that get a gradient."""
-    if isinstance(layer, SparseConv2d | SparseLinear):
+    if isinstance(layer, SparseLayer):
         trained = layer._parameters["trainable_weight"]
         return 0 if trained is None else trained.numel()
     return weight.numel() if weight.requires_grad else 0

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bwd.memory.simulate import call, map_tensors
-from sparse_bwd.nn import SparseConv2d, layers
+from sparse_bwd.nn import SparseLayer, layers
 from sparse_bwd.nn.compact import synchronise
 from sparse_bwd.selection.costs import CostTable
 from sparse_bwd.selection.probe import in_mode
-from sparse_bwd.selection.weights import Layer, channel_norms, groups_of
+from sparse_bwd.selection.weights import channel_norms
 
 MODES = ("eval", "current")
 _DATA = "data must be (inputs, targets), an iterable of such pairs, or a function that returns one of these"
@@ -63,7 +63,8 @@ class GradientMeter:
         sums: dict[str, Tensor] = {}
 
         def read(name: str, gradient: Tensor) -> None:
-            found = channel_norms(gradient, groups_of(opened[name]), table.axis)
+            layer = opened[name]
+            found = channel_norms(layer.as_rows(gradient), layer.groups, table.axis)
             sums[name] = sums[name] + found if name in sums else found
 
         count = 0
@@ -83,9 +84,8 @@ class GradientMeter:
         """C^W_c + C^A_c of every row of `table`, float64; the inputs' sizes are those of the first batch."""
         elements = dict.fromkeys(table.names, 0)
 
-        def count(name: str, layer: Layer, values: Tensor) -> None:
-            batched = values.dim() > (3 if isinstance(layer, SparseConv2d) else 1)
-            elements[name] += values.numel() // (values.shape[0] if batched else 1)
+        def count(name: str, layer: SparseLayer, values: Tensor) -> None:
+            elements[name] += values.numel() // (values.shape[0] if layer.is_batched(values) else 1)
 
         with unchanged(model, self.mode), torch.no_grad(), ExitStack() as stack:
             swapped = layers(model)
@@ -191,12 +191,14 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def _opened(opened: Mapping[str, Layer], read: Callable[[str, Tensor], None]) -> Iterator[list[nn.Parameter]]:
+def _opened(
+    opened: Mapping[str, SparseLayer], read: Callable[[str, Tensor], None]
+) -> Iterator[list[nn.Parameter]]:
     """Layers that are trained whole, as far as autograd knows; `read` gets each gradient, which is then dropped.
 
     Yields the Parameters that stand for the weights. What the layers trained before is put back untouched.
     """
-    kept: list[tuple[Layer, dict[str, Any], dict[str, nn.Parameter | None]]] = []
+    kept: list[tuple[SparseLayer, dict[str, Any], dict[str, nn.Parameter | None]]] = []
     parameters = []
     synchronise(opened.values())
     try:
@@ -224,7 +226,7 @@ def _reader(name: str, read: Callable[[str, Tensor], None]) -> Callable[[Tensor]
 
 
 def _on_input(
-    name: str, layer: Layer, function: Callable[[str, Layer, Tensor], None]
+    name: str, layer: SparseLayer, function: Callable[[str, SparseLayer, Tensor], None]
 ) -> torch.utils.hooks.RemovableHandle:
     """Call `function` with the input of `layer` in every forward."""
     return layer.register_forward_pre_hook(

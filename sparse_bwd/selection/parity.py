@@ -30,12 +30,9 @@ def check_parity(axis: str, budget: Budget) -> None:
 def code_cost(model: nn.Module, table: CostTable) -> Tensor:
     """What the paper's code counts for every row of `table`: C_in kh kw, int64 [rows]."""
     swapped = layers(model)
-    unit = torch.tensor([swapped[name].weight[0].numel() * _groups(swapped[name]) for name in table.names])
+    found = [swapped[name] for name in table.names]
+    unit = torch.tensor([layer.as_rows(layer.weight)[0].numel() * layer.groups for layer in found])
     return unit[table.layer]
-
-
-def _groups(layer: nn.Module) -> int:
-    return int(getattr(layer, "groups", 1))
 
 
 def layer_order_prefix(order: Tensor, cost: Tensor, budget: int) -> Tensor:

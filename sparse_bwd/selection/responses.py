@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bwd.memory.simulate import call, map_tensors
-from sparse_bwd.nn import SparseConv2d, SparseLinear
+from sparse_bwd.nn import SparseLayer
 from sparse_bwd.nn.affine_act import Activation
 from sparse_bwd.nn.chain import OutputReader
 from sparse_bwd.ops import affine_act_response, response
@@ -25,21 +25,6 @@ from sparse_bwd.ops.affine_act import affine_act_
 from sparse_bwd.selection.probe import in_mode
 
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-Layer = SparseConv2d | SparseLinear
-
-
-def channel_view(layer: Layer, values: Tensor) -> Tensor:
-    """View of a layer's input or output as [samples, channels, *]: one vector per sample and channel.
-
-    Convolution: [N, C, H, W] as it is; unbatched [C, H, W] is one sample. Linear: [B, *, F] becomes [B, F, *]; with
-    [B, F] or [F] a sample would have one number per feature, whose cosine is only a sign, so the vector runs over the
-    batch: [1, F, B].
-    """
-    if isinstance(layer, SparseConv2d):
-        return values if values.dim() == 4 else values.unsqueeze(0)
-    if values.dim() <= 2:
-        return values.reshape(-1, values.shape[-1]).t().unsqueeze(0)
-    return values.movedim(-1, 1)
 
 
 def similarity(sums: Tensor) -> Tensor:
@@ -65,7 +50,7 @@ class Meter(ABC):
         """Bytes held between measurements."""
 
     def measure(
-        self, model: nn.Module, channels: Mapping[str, tuple[Layer, int]], axis: str, probe: Any
+        self, model: nn.Module, channels: Mapping[str, tuple[SparseLayer, int]], axis: str, probe: Any
     ) -> dict[str, Tensor]:
         """phi of every layer's channels (float64 [C], on the CPU), against the responses of the call before.
 
@@ -246,12 +231,12 @@ def check_kind(state: Any, mine: Mapping[str, Any]) -> None:
 class _Taker(OutputReader):
     """Gives the responses of one layer to a meter, call after call."""
 
-    def __init__(self, meter: Meter, name: str, layer: Layer, count: int, calls: Counter[str]) -> None:
+    def __init__(self, meter: Meter, name: str, layer: SparseLayer, count: int, calls: Counter[str]) -> None:
         self.meter, self.name, self.layer, self.count, self.calls = meter, name, layer, count, calls
 
     def follow(self, axis: str) -> torch.utils.hooks.RemovableHandle:
         """Take the output of the layer, or on axis "in" its input, in every forward."""
-        if axis == "out" or (isinstance(self.layer, SparseConv2d) and self.layer.depthwise):
+        if axis == "out" or self.layer.one_axis:
             return self.layer.register_forward_hook(self)
         return self.layer.register_forward_pre_hook(
             lambda module, args, kwargs: self._take(args[0] if args else next(iter(kwargs.values()))),
@@ -276,7 +261,7 @@ class _Taker(OutputReader):
 
     def _view(self, values: Tensor) -> Tensor:
         """One vector per sample and channel; ValueError if the channels are not the layer's."""
-        new = channel_view(self.layer, values.detach())
+        new = self.layer.by_channel(values.detach())
         if new.shape[1] != self.count:
             raise ValueError(
                 f"Layer {self.name!r} gave {new.shape[1]} channels on the probe; {self.count} were expected."

@@ -14,16 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.nn import SparseConv2d, SparseLinear
+from sparse_bwd.nn import SparseLayer
 from sparse_bwd.selection.responses import similarity
 
-Layer = SparseConv2d | SparseLinear
 _ELEMENTS = {"out": (2, 3), "in": (1, 3)}  # of [g, C_out/g, C_in/g, kh kw], what one channel is made of
-
-
-def groups_of(layer: Layer) -> int:
-    """Groups of a convolution; a Linear has one."""
-    return layer.groups if isinstance(layer, SparseConv2d) else 1
 
 
 def exact_dtype(tensor: Tensor) -> torch.dtype:
@@ -39,9 +33,9 @@ def channel_norms(values: Tensor, groups: int, axis: str) -> Tensor:
     return found.flatten()
 
 
-def weight_norms(layer: Layer, axis: str) -> Tensor:
+def weight_norms(layer: SparseLayer, axis: str) -> Tensor:
     """L2 norm of every channel of a layer's weight, float64 [C] on the CPU."""
-    return channel_norms(layer.weight.detach(), groups_of(layer), axis).cpu().double()
+    return channel_norms(layer.as_rows(layer.weight.detach()), layer.groups, axis).cpu().double()
 
 
 def _grouped(values: Tensor, groups: int) -> Tensor:
@@ -65,17 +59,17 @@ class WeightMeter:
         return sum(kept.numel() * kept.element_size() for kept in self.kept.values())
 
     def measure(
-        self, model: nn.Module, channels: Mapping[str, tuple[Layer, int]], axis: str, probe: Any
+        self, model: nn.Module, channels: Mapping[str, tuple[SparseLayer, int]], axis: str, probe: Any
     ) -> dict[str, Tensor]:
         """phi of every layer's channels (float64 [C], on the CPU); `model` and `probe` are not looked at."""
         phi = {}
-        now = {name: layer.weight.detach() for name, (layer, _) in channels.items()}
+        now = {name: layer.as_rows(layer.weight.detach()) for name, (layer, _) in channels.items()}
         for name, (layer, count) in channels.items():
             kept = self.kept.get(name)
             if kept is None:
                 phi[name] = torch.ones(count, dtype=torch.float64)
             else:
-                phi[name] = _similarity(now[name], kept.to(now[name].device), groups_of(layer), axis)
+                phi[name] = _similarity(now[name], kept.to(now[name].device), layer.groups, axis)
             if not bool(phi[name].isfinite().all()):
                 raise ValueError(f"The weight of layer {name!r} is not finite: the training has diverged.")
         self.kept = {name: weight.clone() for name, weight in now.items()}

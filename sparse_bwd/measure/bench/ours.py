@@ -12,7 +12,7 @@ import sparse_bwd as sb
 from sparse_bwd.measure.bench.asked import Asked, Case, amount
 from sparse_bwd.measure.bench.made import Gradients, Made, Pair, head_of, setting_of, step_of
 from sparse_bwd.measure.step import LAYOUTS, Variant, build, synchronise, variant_of
-from sparse_bwd.nn import SparseConv2d, SparseLinear
+from sparse_bwd.nn import SparseLayer
 from sparse_bwd.selection import Policy, noise_images
 
 PROBE_IMAGES = 10
@@ -121,14 +121,14 @@ def pairs_of(model: nn.Module) -> Any:
     return pairs
 
 
-def _slices(dw: Tensor, layer: SparseConv2d | SparseLinear) -> Tensor:
+def _slices(dw: Tensor, layer: SparseLayer) -> Tensor:
     """What a selection takes of dense dw [C_out, C_in/g, kh, kw]; see `SparseConv2d`."""
     if layer.channels is None:
         return dw
     index = layer.channels.to(dw.device)
     if layer.axis == "out":
         return dw[index]
-    groups = layer.groups if isinstance(layer, SparseConv2d) else 1
+    groups = layer.groups
     if groups == 1:
         return dw[:, index]
     apart = dw.unflatten(0, (groups, -1))  # [g, C_out/g, C_in/g, kh, kw]
