@@ -128,10 +128,9 @@ def convert(
         if type(module).forward is nn.Sequential.forward and module not in inside and can_chain(module):
             _become(module, Chain)
             report.swapped[name] = "Chain"
-    for name, module in model.named_modules():
-        if module not in inside and not isinstance(module, CompactLayer):
-            own = module.named_parameters(name, recurse=False)
-            report.outside += [n for n, p in own if p.requires_grad]
+    swapped = {m for m in model.modules() if isinstance(m, CompactLayer)} | inside
+    held = {p for m in swapped for p in m.parameters(recurse=False)}
+    report.outside = [n for n, p in model.named_parameters() if p.requires_grad and p not in held]
     sized = [(n, p) for n, p in model.named_parameters() if not is_lazy(p)]
     report.trainable_params = sum(p.numel() for _, p in sized if p.requires_grad)
     report.all_params = sum(p.numel() for n, p in sized if not n.endswith(_COMPACT_NAMES))
