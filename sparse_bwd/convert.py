@@ -8,56 +8,21 @@ the report says why.
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from sparse_bwd.nn import affine_act, conv_nd, dropout, layer_norm, max_pool2d, smooth_act
+from sparse_bwd.nn import attention
 from sparse_bwd.nn.chain import Chain, can_chain
 from sparse_bwd.nn.compact import TRAINABLE, CompactLayer, nearest
-from sparse_bwd.nn.conv import SparseConv2d
-from sparse_bwd.nn.embedding import SparseEmbedding
-from sparse_bwd.nn.linear import SparseLinear
-from sparse_bwd.nn.lookalike import LOOKALIKES, lookalike
+from sparse_bwd.nn.kinds import LEAN, STOCK, is_candidate
+from sparse_bwd.nn.lookalike import lookalike
 from sparse_bwd.nn.norm import ShiftedNorm, check_mode
 from sparse_bwd.nn.sparse_layer import SparseLayer
-
-_STATELESS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.ReLU: affine_act.ReLU,
-    nn.ReLU6: affine_act.ReLU6,
-    nn.Hardtanh: affine_act.Hardtanh,
-    nn.LeakyReLU: affine_act.LeakyReLU,
-    nn.MaxPool2d: max_pool2d.MaxPool2d,
-    nn.Dropout: dropout.Dropout,
-    nn.GELU: smooth_act.GELU,
-    nn.SiLU: smooth_act.SiLU,
-    nn.Hardswish: smooth_act.Hardswish,
-    nn.Hardsigmoid: smooth_act.Hardsigmoid,
-}
-_WEIGHTED: dict[type[nn.Module], type[CompactLayer]] = {
-    nn.Conv2d: SparseConv2d,
-    nn.Linear: SparseLinear,
-    nn.Conv1d: conv_nd.SparseConv1d,
-    nn.Conv3d: conv_nd.SparseConv3d,
-    nn.ConvTranspose1d: conv_nd.SparseConvTranspose1d,
-    nn.ConvTranspose2d: conv_nd.SparseConvTranspose2d,
-    nn.ConvTranspose3d: conv_nd.SparseConvTranspose3d,
-    nn.Embedding: SparseEmbedding,
-    nn.BatchNorm2d: affine_act.BatchNorm2d,
-    nn.LayerNorm: layer_norm.LayerNorm,
-    nn.RMSNorm: layer_norm.RMSNorm,
-}
-_LEAN: dict[type[nn.Module], type[nn.Module]] = {**_STATELESS, **_WEIGHTED}
-_CANDIDATES: tuple[type[nn.Module], ...] = tuple(_LEAN)
-_STOCK: dict[type[nn.Module], type[nn.Module]] = {lean: stock for stock, lean in _LEAN.items()}
-
-# Reading a weight's type or size does not bypass its module's forward.
-_READS_WEIGHT = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|ndim|dim|numel)\b)")
+from sparse_bwd.skipped import own_reason, reasons_in
 
 
 @dataclass
@@ -67,9 +32,7 @@ class Report:
     swapped: dict[str, str] = field(default_factory=dict)  # name -> kind
     skipped: dict[str, str] = field(default_factory=dict)  # name -> reason
     always_trained: list[str] = field(default_factory=list)
-    outside: list[str] = field(
-        default_factory=list
-    )  # parameters that no swapped module holds and that still train
+    outside: list[str] = field(default_factory=list)  # parameters of no swapped module that still train
     trainable_params: int = 0
     all_params: int = 0
 
@@ -115,15 +78,20 @@ def convert(
         raise ValueError("This model holds converted layers already; call sparse_bwd.restore(model) first.")
     report = Report(always_trained=_always_trained(model, always_train))
     inside = {m for name in report.always_trained for m in model.get_submodule(name).modules()}
-    reasons = _reasons(model)
-    for name, module in model.named_modules():
-        if module in inside or not _is_candidate(module):
+    reasons = reasons_in(model)
+    for name, module in list(model.named_modules()):
+        if module in inside:
             continue
-        reason = reasons.get(module) or _own_reason(module, batch_norm)
+        _close_fast_path(module)
+        if not is_candidate(module):
+            continue
+        reason = reasons.get(module) or own_reason(module, batch_norm)
         if reason:
             report.skipped[name] = reason
         else:
             report.swapped[name] = _swap(module, batch_norm)
+            if isinstance(module, attention.MultiheadAttention):
+                report.swapped[f"{name}.in_proj" if name else "in_proj"] = "in_proj"
     for name, module in reversed(list(model.named_modules())):  # inner Sequentials first
         if type(module).forward is nn.Sequential.forward and module not in inside and can_chain(module):
             _become(module, Chain)
@@ -145,10 +113,15 @@ def restore(model: nn.Module) -> nn.Module:
 
     Trained entries hold their last values, all others are bit-identical to the original. Returns the model.
     """
-    for module in model.modules():
-        if isinstance(module, CompactLayer):
+    for module in list(model.modules()):
+        if isinstance(module, attention.MultiheadAttention):
+            module._strip()
+        elif isinstance(module, CompactLayer) and not isinstance(module, attention.InProjection):
             module._strip_compact()
-        stock: type[nn.Module] | None = module.__dict__.pop("_stock_class", _STOCK.get(type(module)))
+        for word in _FAST_PATHS:
+            if f"_stock_{word}" in module.__dict__:
+                setattr(module, word, module.__dict__.pop(f"_stock_{word}"))
+        stock: type[nn.Module] | None = module.__dict__.pop("_stock_class", STOCK.get(type(module)))
         if stock is not None:
             module.__class__ = stock
     return model
@@ -161,10 +134,10 @@ def _swap(module: nn.Module, batch_norm: str) -> str:
     if alike is not None:
         _become(module, alike)
     else:
-        module.__class__ = _LEAN[stock]
+        module.__class__ = LEAN[stock]
     if isinstance(module, ShiftedNorm):
         module._convert(batch_norm)
-    elif isinstance(module, SparseLayer):
+    elif isinstance(module, SparseLayer | attention.MultiheadAttention):
         module._convert()
     return stock.__name__
 
@@ -175,9 +148,20 @@ def _become(module: nn.Module, lean: type[nn.Module]) -> None:
     module.__class__ = lean
 
 
-def _is_candidate(module: nn.Module) -> bool:
-    """Whether the module is lean, could be, or is a subclass of what could be."""
-    return isinstance(module, (*_CANDIDATES, *LOOKALIKES)) or lookalike(module) is not None
+# Of nn.TransformerEncoder and its layers: the attributes that let them read all weights themselves outside of training,
+# where they ask whether a full weight needs a gradient and know nothing of a compact one.
+_FAST_PATHS: dict[str, tuple[type[nn.Module], Any]] = {
+    "activation_relu_or_gelu": (nn.TransformerEncoderLayer, 0),
+    "use_nested_tensor": (nn.TransformerEncoder, False),
+}
+
+
+def _close_fast_path(module: nn.Module) -> None:
+    """Make the module call its layers in every mode."""
+    for word, (kind, closed) in _FAST_PATHS.items():
+        if isinstance(module, kind) and word in module.__dict__:
+            module.__dict__[f"_stock_{word}"] = module.__dict__[word]
+            setattr(module, word, closed)
 
 
 def _always_trained(model: nn.Module, names: str | Iterable[str] | None) -> list[str]:
@@ -203,79 +187,3 @@ def _classifier(model: nn.Module, known: dict[str, nn.Module]) -> list[str]:
             return found
     linear = [name for name, module in known.items() if type(module) is nn.Linear]
     return linear[-1:]
-
-
-def _reasons(model: nn.Module) -> dict[nn.Module, str]:
-    """Why a module must not be swapped because of where it stands in the model."""
-    reasons: dict[nn.Module, str] = {}
-    names: dict[nn.Module, list[str]] = {}
-    owners: dict[Tensor, list[nn.Module]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    bypassed = {kind: _bypassed(kind) for kind in {type(module) for module in names}}
-    for module in names:
-        for tensor in module._parameters.values():
-            if tensor is not None:
-                owners.setdefault(tensor, []).append(module)
-        for attribute, child in module.named_children():
-            if isinstance(module, nn.MultiheadAttention) or attribute in bypassed[type(module)]:
-                parent = type(module).__name__
-                reasons[child] = f"bypassed by its parent {parent}, which reads its weight directly"
-    for module, known in names.items():
-        if len(known) > 1 and type(module) in _WEIGHTED:
-            reasons[module] = f"shared module, also known as {', '.join(known[1:])}"
-    for holders in owners.values():
-        if len(holders) > 1:
-            for module in holders:
-                reasons.setdefault(module, "tied weight: another module holds the same Parameter")
-    return reasons
-
-
-def _bypassed(parent: type[nn.Module]) -> frozenset[str]:
-    """Attributes whose weight the class's forward methods read as `self.<attribute>.weight`, as its source shows.
-
-    Such a parent computes with the full weight by itself, so that gradients would never reach a compact Parameter.
-    """
-    found: set[str] = set()
-    for owner in parent.__mro__:
-        if owner.__module__.startswith("torch.nn.") or owner is object:
-            continue
-        for name, method in vars(owner).items():
-            if inspect.isfunction(method) and name.lstrip("_").startswith("forward"):
-                try:
-                    found.update(_READS_WEIGHT.findall(inspect.getsource(method)))
-                except (OSError, TypeError):
-                    continue
-    return frozenset(found)
-
-
-def _own_reason(module: nn.Module, batch_norm: str) -> str | None:
-    """Why a module must not be swapped because of what it is; None = swap it."""
-    if torch.nn.utils.parametrize.is_parametrized(module) or (
-        "weight" not in module._parameters and type(module) in _WEIGHTED
-    ):
-        return "parametrised: its weight is computed from other parameters"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "lazy: it has no shape yet; run one batch through the model before converting"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "it has max_norm, which rewrites rows of the table in forward"
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
-        return f"it normalises {len(module.normalized_shape)} axes; the lean one takes the last axis alone"
-    if type(module) not in _STOCK.values() and lookalike(module) is None:
-        base = next(t.__name__ for t in type(module).__mro__ if t in _STOCK.values())
-        return f"subclass: {type(module).__module__}.{type(module).__name__} is not exactly nn.{base}"
-    if isinstance(module, nn.BatchNorm2d) and batch_norm != "train" and module.running_mean is None:
-        return f"it has no running statistics, which mode '{batch_norm}' needs"
-    return None
-
-
-def reasons_to_skip(model: nn.Module) -> dict[str, str]:
-    """Name -> why a module that could be lean is not, in a model that was converted; lean modules are left out."""
-    reasons, found = _reasons(model), {}
-    for name, module in model.named_modules():
-        if not _is_candidate(module) or type(module) in _STOCK or isinstance(module, LOOKALIKES):
-            continue
-        trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        rest = "trained whole, beside the selection (always_train)" if trained else "it was not converted"
-        found[name] = reasons.get(module) or _own_reason(module, "frozen") or rest
-    return found

@@ -25,7 +25,7 @@ class Awkward(nn.Module):
         super().__init__()
         self.plain = nn.Conv2d(3, 4, 1)
         self.subclass = Subclass(3, 4, 1)
-        self.attention = nn.MultiheadAttention(4, 2)
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
         self.shared = nn.Linear(4, 4)
         self.again = self.shared
         self.tied = nn.Linear(4, 6, bias=False)
@@ -42,6 +42,7 @@ class Awkward(nn.Module):
 
 REASONS = {
     "subclass": "subclass",
+    "attention": "add_bias_kv",
     "attention.out_proj": "MultiheadAttention",
     "shared": "shared",
     "tied": "tied",

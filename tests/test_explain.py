@@ -97,7 +97,7 @@ class Mixed(nn.Module):
         self.first = nn.Linear(8, 8)
         self.mish = nn.Mish()
         self.own = OwnLinear(8, 8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from sparse_bwd.nn import (
 )
 from sparse_bwd.nn.affine_act import LeanActivation
 from sparse_bwd.nn.smooth_act import SmoothActivation
+from sparse_bwd.skipped import reasons_to_skip
 
 BEFORE = "freeze every layer before it"
 LEAN = (CompactLayer, Chain, LeanActivation, SmoothActivation, Hardsigmoid, MaxPool2d, Dropout)
@@ -57,8 +58,6 @@ def why_dense(model: nn.Module, keepers: Iterable[nn.Module]) -> dict[str, str]:
 
     `keepers` are the modules that were seen to keep something.
     """
-    from sparse_bwd.convert import reasons_to_skip
-
     seen, found = set(keepers), {}
     skipped = reasons_to_skip(model)
     for name, module in model.named_modules():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_bwd.nn.layer_norm import LayerNorm, RMSNorm, rms_norm
-from sparse_bwd.nn.linear import TransposedLinear
+from sparse_bwd.nn.linear import SparseLinear, TransposedLinear
 from sparse_bwd.nn.norm import ShiftedNorm
 from sparse_bwd.nn.recompute import note_origin
 from sparse_bwd.nn.smooth_act import SmoothActivation
@@ -98,6 +98,7 @@ _BY_NAME: dict[str, type[nn.Module]] = {
     _TRANSFORMERS + "QuickGELUActivation": QuickGELU,
     _TRANSFORMERS + "SiLUActivation": PlainSiLU,
     "transformers.pytorch_utils.Conv1D": TransposedLinear,
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": SparseLinear,  # out_proj of an attention
 }
 LOOKALIKES: tuple[type[nn.Module], ...] = (*dict.fromkeys(_BY_NAME.values()), WeightRMSNorm)
 

@@ -57,6 +57,10 @@ class SparseLayer(CompactLayer):
         """Whether the first axis of an input counts samples."""
         raise NotImplementedError
 
+    def stock_name(self, owner: str, kind: str) -> str:
+        """Name of the full "weight" or "bias" in the stock model, where this layer's name is `owner`."""
+        return f"{owner}.{kind}" if owner else kind
+
     def as_rows(self, values: Tensor) -> Tensor:
         """View of a tensor shaped like the weight as [C_out, C_in/g, *]."""
         return values

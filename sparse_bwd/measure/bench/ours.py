@@ -110,8 +110,10 @@ def pairs_of(model: nn.Module) -> Any:
                 continue
             assert parameter.grad is not None, f"{name} is trained but got no gradient"
             owner, _, kind = name.rpartition(".")
-            plain = right[f"{owner}.{kind.removeprefix('trainable_')}"] if owner else right[kind]
             layer = layers.get(owner)
+            stock = kind.removeprefix("trainable_")
+            whole = f"{owner}.{stock}" if owner else stock
+            plain = right[whole if layer is None else layer.stock_name(owner, stock)]
             if layer is not None and kind == "trainable_weight":
                 plain = _slices(plain, layer)
             elif plain.shape != parameter.shape:
