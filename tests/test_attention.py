@@ -276,6 +276,8 @@ def test_decoder() -> None:
     sb.apply(model, {"multihead_attn.in_proj": sb.Channels([1, 9, 17]), "self_attn.in_proj": [2]})
     exact = copy.deepcopy(plain).double()
     x, memory = torch.randn(N, L, E), torch.randn(N, S, E)
+    predicted = sb.memory.predict(model, None, (x, memory))
+    assert predicted.saved == sb.memory.saved_bytes(lambda: model(x, memory), model)
     for net in (model, plain, exact):
         dtype = net.norm1.weight.dtype
         net(x.to(dtype), memory.to(dtype), tgt_mask=CAUSAL, tgt_is_causal=True).square().sum().backward()

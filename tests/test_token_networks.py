@@ -2,6 +2,8 @@
 
 import copy
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,6 +156,19 @@ def test_policies(name: str) -> None:
         if kind != "bytes":
             assert 0.15 * policy.table.total < spent <= policy.budget, kind
         assert nets.logits(model, inputs).isfinite().all()
+
+
+def test_the_page_runs() -> None:
+    """Code and links of docs/transformers.md."""
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    page = (docs / "transformers.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    space: dict[str, Any] = {}
+    exec(compile(blocks[0], "docs/transformers.md", "exec"), space)
+    assert space["policy"].report.cost > 0
+    targets = re.findall(r"\]\(([^)#\s]+)", page)
+    assert targets and all((docs / target).exists() for target in targets)
 
 
 def test_velocity_over_tokens() -> None:

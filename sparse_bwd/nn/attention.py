@@ -12,6 +12,7 @@ Where no gradient is recorded and nobody looks at the projections, the stock mod
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,6 +31,21 @@ class InProjection(SparseLinear):
     Its Parameters are those of the attention that it belongs to, in whose state dict they stand.
     """
 
+    _cuts: tuple[int, ...]  # of the selected rows, how many lie before q, k and v, and in all
+
+    def set_channels(
+        self, index: Iterable[int] | Tensor | None, axis: str = "out", bias: str = "selected"
+    ) -> None:
+        super().set_channels(index, axis, bias)
+        slot = next(iter(self._slots.values()), None)
+        rows = None if slot is None or self.axis == "in" else self._index
+        starts = torch.arange(4) * self.in_features
+        self._cuts = () if rows is None else tuple(torch.searchsorted(rows.cpu(), starts).tolist())
+
+    def _strip_compact(self) -> None:
+        super()._strip_compact()
+        self.__dict__.pop("_cuts", None)
+
     def stock_name(self, owner: str, kind: str) -> str:
         return f"{owner}_{kind}"
 
@@ -40,8 +56,8 @@ class InProjection(SparseLinear):
         self.synchronise()
         x = autocast_input(x)
         low, high = first * self.in_features, last * self.in_features
-        rows, part = self._rows_between("weight", low, high)
-        bias_rows, part_bias = self._rows_between("bias", low, high)
+        rows, part = self._rows_of("weight", first, last)
+        bias_rows, part_bias = self._rows_of("bias", first, last)
         weight, bias = self.current("weight"), self.current("bias")
         assert weight is not None
         slot = self._slots.get("weight")
@@ -52,14 +68,15 @@ class InProjection(SparseLinear):
         )  # fmt: skip
         return y
 
-    def _rows_between(self, name: str, low: int, high: int) -> tuple[Tensor | None, Tensor | None]:
-        """Rows of a compact Parameter that lie in low to high - 1: numbers from `low` on (None = all), and values."""
+    def _rows_of(self, name: str, first: int, last: int) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of a compact Parameter that lie in some parts: their numbers there (None = all), and their values."""
         slot, part = self._slots.get(name), self._parameters[f"trainable_{name}"]
         if slot is None or part is None:
             return None, None
+        low, high = first * self.in_features, last * self.in_features
         if slot.index is None or slot.dim == 1:
             return None, part[low:high]
-        start, stop = torch.searchsorted(slot.index, torch.tensor([low, high], device=part.device)).tolist()
+        start, stop = self._cuts[first], self._cuts[last]
         return (None, None) if start == stop else (slot.index[start:stop] - low, part[start:stop])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -43,7 +43,7 @@ class EmbeddingFunction(Function):
         ids = ids.to(torch.int64)
         if rows is None:
             return None, None, _gradient(dy, ids, count, padding, ctx.by_frequency), None, None, None
-        place = torch.searchsorted(rows, ids.contiguous()).clamp_(max=count - 1)
+        place = torch.searchsorted(rows, ids.flatten()).view(ids.shape).clamp_(max=count - 1)
         # Tokens that are not selected go to one row more, which is left out.
         left_out = (rows[place] != ids) | (ids == padding)
         dw = _gradient(dy, place.masked_fill_(left_out, count), count + 1, count, ctx.by_frequency)

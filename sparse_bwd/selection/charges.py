@@ -2,7 +2,8 @@
 
     bytes       channel   w e (2 + s) + 8   copy, gradient and s numbers of optimizer state for each of its w weights,
                           + e X / C         and its index; on axis "in" and in depthwise layers its slice of the input
-                layer     e X               the whole input, on axis "out", once for all layers that keep the same one
+                layer     e X               the whole input, on axis "out", once for all layers that keep the same one;
+                                            neither that nor a slice where it is made again (`nn/recompute.py`)
                 depth     all that anybody else keeps behind the first open layer: masks, offsets, vectors
     operations  channel   2 w P             its weight gradient; P: images x positions of the output
                 depth     2 W P             dx of every layer behind the first open one, of W weights
@@ -25,6 +26,7 @@ from sparse_bwd.memory.saved import calling_modules, storage_key
 from sparse_bwd.memory.simulate import call, fake_copy, fake_inputs, simulation
 from sparse_bwd.memory.timeline import state_tensors, unique_bytes
 from sparse_bwd.nn import SparseLayer, layers
+from sparse_bwd.nn.recompute import origin_of
 from sparse_bwd.selection.apply import apply
 from sparse_bwd.selection.costs import CostTable
 from sparse_bwd.selection.knapsack import Charges
@@ -146,6 +148,8 @@ class _Watch:
         self._alive.append(x)
         self.first.setdefault(i, len(self.first))
         self.positions[i] = self.positions.get(i, 0) + layer.positions(x, output)
+        if origin_of(x) is not None:
+            return  # made again from what the layer before keeps in any case
         if self.axis == "in" or layer.one_axis:
             size = x.numel() * x.element_size() // self.channels[i]
             self.slice_bytes[i] = self.slice_bytes.get(i, 0) + size
