@@ -54,7 +54,7 @@ def grad(layer: nn.Module, name: str) -> Tensor | None:
 def test_values_gradients_and_bytes(kind: str, mode: str, dtype: torch.dtype, layout: str) -> None:
     stock, exact, ours = make(kind, mode, dtype)
     if stock.__class__ is nn.RMSNorm and stock.eps is None:
-        exact.eps = torch.finfo(dtype).eps  # which is what the stock norm takes in its own dtype
+        exact.eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps  # what the stock norm takes
     x = LAYOUTS[layout](torch.randn(3, 5, F, generator=torch.Generator().manual_seed(5)).to(dtype))
     leaves = [x.detach().requires_grad_(), x.detach().double().requires_grad_(), x.detach().requires_grad_()]
     y, oracle = stock(leaves[0]), exact(leaves[1])
@@ -164,3 +164,16 @@ def test_convert_and_restore(kind: str) -> None:
     sb.restore(model)
     assert type(model[1]) is type(stock) and list(model.state_dict()) == keys
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_missing_eps_in_16_bits(dtype: torch.dtype) -> None:
+    """PyTorch takes the eps of float32 there; inputs are so small that another one would show."""
+    stock, exact, ours = make("rms", "frozen", dtype)
+    exact.eps = torch.finfo(torch.float32).eps
+    x = (0.01 * torch.randn(6, F, generator=torch.Generator().manual_seed(5))).to(dtype)
+    leaves = [x.clone().requires_grad_(), x.double().requires_grad_(), x.clone().requires_grad_()]
+    for layer, leaf in zip((stock, exact, ours), leaves, strict=True):
+        y = layer(leaf)
+        y.backward(gradient_of(y.float()).to(y.dtype))
+    assert_close_to_oracle(leaves[2].grad, leaves[0].grad, leaves[1].grad, "dx")

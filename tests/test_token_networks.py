@@ -158,6 +158,28 @@ def test_policies(name: str) -> None:
         assert nets.logits(model, inputs).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "torchvision-vit" else pytest.param(name, marks=pytest.mark.long)
+        for name in nets.NETWORKS
+    ],
+)
+def test_compiled(name: str) -> None:
+    """One graph, with the values and gradients of eager mode."""
+    model, _, inputs, _ = converted(name)
+    sb.apply(model, drawn(model))
+    eager = nets.logits(model, inputs)
+    eager.sum().backward()
+    grads = [p.grad for p in sb.trainable_parameters(model)]
+    model.zero_grad()
+    y = nets.logits(torch.compile(model, backend="aot_eager", fullgraph=True), inputs)
+    y.sum().backward()
+    torch.testing.assert_close(y, eager)
+    for parameter, grad in zip(sb.trainable_parameters(model), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
 def test_the_page_runs() -> None:
     """Code and links of docs/transformers.md."""
     docs = Path(__file__).resolve().parent.parent / "docs"

@@ -141,7 +141,9 @@ class RMSNorm(ShiftedNorm, nn.RMSNorm):
         return int(self.normalized_shape[0])
 
     def forward(self, input: Tensor) -> Tensor:
-        eps = torch.finfo(input.dtype).eps if self.eps is None else float(self.eps)
+        # Without one, PyTorch takes that of the dtype in which it adds up.
+        wide = torch.promote_types(input.dtype, torch.float32)
+        eps = torch.finfo(wide).eps if self.eps is None else float(self.eps)
         return rms_norm(
             _autocast_norm_input(input), self._parameters["weight"], eps, partial(_rms_norm, self.eps)
         )
