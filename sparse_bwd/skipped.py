@@ -30,7 +30,7 @@ def reasons_in(model: nn.Module) -> dict[nn.Module, str]:
             if tensor is not None:
                 owners.setdefault(tensor, []).append(module)
         for attribute, child in module.named_children():
-            if attribute in bypassed[type(module)]:
+            if attribute in bypassed[type(module)] and lookalike(module) is None:
                 reasons[child] = _bypassed_by(module)
     for module, known in names.items():
         if len(known) > 1 and type(module) in (*WEIGHTED, *PARENTS):

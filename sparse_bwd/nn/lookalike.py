@@ -1,4 +1,4 @@
-"""Layers of timm and transformers that compute what a stock layer computes: their lean forms, known by class name.
+"""Layers of other packages that compute what a stock layer computes: their lean forms, known by class name.
 
 A look-alike is swapped like the stock layer it resembles, and `restore` gives its own class back. Neither package is
 imported. Values are those of the original within rounding: GELUs that are written out in several operations become the
@@ -20,6 +20,7 @@ from sparse_bwd.nn.linear import SparseLinear, TransposedLinear
 from sparse_bwd.nn.norm import ShiftedNorm
 from sparse_bwd.nn.recompute import note_origin
 from sparse_bwd.nn.smooth_act import SmoothActivation
+from sparse_bwd.nn.window_attention import WindowAttention
 
 
 class PlainGELU(SmoothActivation):
@@ -98,6 +99,7 @@ _BY_NAME: dict[str, type[nn.Module]] = {
     _TRANSFORMERS + "QuickGELUActivation": QuickGELU,
     _TRANSFORMERS + "SiLUActivation": PlainSiLU,
     "transformers.pytorch_utils.Conv1D": TransposedLinear,
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": WindowAttention,
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": SparseLinear,  # out_proj of an attention
 }
 LOOKALIKES: tuple[type[nn.Module], ...] = (*dict.fromkeys(_BY_NAME.values()), WeightRMSNorm)
