@@ -251,3 +251,54 @@ def test_in_place_is_honoured(kind: str) -> None:
         results.append(y.detach())
     assert_same_bits(results[1], results[0])
     assert_same_bits(leaves[1].grad, leaves[0].grad)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
+)
+@pytest.mark.parametrize("inplace", [True, False], ids=["in-place", "beside"])
+@pytest.mark.parametrize("index", [[0, 2], None], ids=["some", "whole"])
+def test_convolutions(
+    index: list[int] | None,
+    inplace: bool,
+    layout: torch.memory_format,
+    native: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in MobileNetV3 and EfficientNet: in place too, in a Chain, what an activation gives is free behind it."""
+    if not native:
+        monkeypatch.setattr("sparse_bwd.nn.conv_block.serves", lambda x: False)
+    torch.manual_seed(3)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Hardswish(inplace=inplace),
+        nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6), nn.SiLU(inplace=inplace),
+        nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.ReLU(), nn.Conv2d(6, 4, 1),
+    ).to(memory_format=layout)  # fmt: skip
+    ours = copy.deepcopy(plain)
+    sb.convert(ours, always_train=[])
+    sb.apply(ours, dict.fromkeys(("3", "6"), sb.Channels(index)))
+    x = torch.randn(2, 3, 6, 5).to(memory_format=layout)
+    plain.train()
+    for module in plain:
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    exact = copy.deepcopy(plain).double()
+    y, dx = gradients(plain, x)
+    oracle = gradients(exact, x.double())
+    our_y, our_dx = gradients(ours, x)
+    assert_close_to_oracle(our_y, y, oracle[0], "y")
+    assert_close_to_oracle(our_dx, dx, oracle[1], "dx")
+    rows = slice(None) if index is None else index
+    for name in ("3", "6"):
+        dense, wide = (net.get_parameter(f"{name}.weight").grad[rows] for net in (plain, exact))
+        assert_close_to_oracle(ours.get_submodule(name).trainable_weight.grad, dense, wide, name)
+    leaf = x.requires_grad_()
+    pixels = 4 * 2 * 6 * 5
+    kept = sb.memory.saved_bytes(lambda: ours(leaf), ours)
+    # Inputs of both activations, flags of the ReLU, two scales, and indices; of a depthwise layer the native code keeps
+    # the selected channels of x, PyTorch's convolution the index of them.
+    k = 0 if index is None else len(index)
+    slices = pixels * k if native else 0
+    indices = 8 * k * (2 if native else 3)
+    assert kept == pixels * (8 + 6) + -(-2 * 6 * 6 * 5 // 8) + 4 * (8 + 6) + slices + indices

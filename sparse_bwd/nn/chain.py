@@ -24,6 +24,7 @@ from sparse_bwd.nn.compact import CompactLayer, synchronise
 from sparse_bwd.nn.conv import SparseConv2d
 from sparse_bwd.nn.conv_block import Step, run_steps
 from sparse_bwd.nn.linear import SparseLinear, autocast_input
+from sparse_bwd.nn.smooth_act import SmoothActivation
 
 _LOCAL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
@@ -119,7 +120,9 @@ class Chain(nn.Sequential):
             if block:
                 input, block = _run_block(block, input), []
             if run:
-                input = _run(run, input)
+                input = (
+                    _run(run, input) if at < 2 or not _frees(modules[at - 2], run) else _beside(run[0], input)
+                )
         return _run_block(block, input) if block else input
 
 
@@ -158,6 +161,24 @@ def _run(run: list[nn.Module], x: Tensor) -> Tensor:
     for module in run:
         x = module(x)
     return x
+
+
+def _frees(before: nn.Module, run: list[nn.Module]) -> bool:
+    """Whether a smooth activation that is meant to work in place may leave what `before` gave as it is.
+
+    Nobody else holds that; PyTorch would keep a copy of it, so that out of place takes no more memory.
+    """
+    smooth = len(run) == 1 and isinstance(run[0], SmoothActivation) and getattr(run[0], "inplace", False)
+    return (
+        smooth
+        and type(before) in (SparseConv2d, SparseLinear, BatchNorm2d)
+        and not _any_watched([before, *run])
+    )
+
+
+def _beside(act: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(act, SmoothActivation)
+    return act.beside(x)
 
 
 def _run_pair(x: Tensor, first: BatchNorm2d | SparseLinear, following: nn.Module) -> Tensor:

@@ -5,7 +5,8 @@
     db = sum dy                      keeps nothing
 
 Bytes kept: 0 with nothing selected; axis "out": e X, in grouped layers times (touched groups) / groups;
-axis "in": e X k / C_in; 8 bytes per index element. A weight gradient costs k / C of dense.
+axis "in": e X k / C_in; 8 bytes per index element. A weight gradient costs k / C of dense. An input that is known to be
+made from what somebody keeps anyway (`recompute.py`) costs nothing where all of it is read.
 Asymmetric and non-zero padding is redone in backward, so that x and not its padded copy is kept.
 """
 
@@ -21,6 +22,7 @@ from sparse_bwd.nn.conv_block import Step, run_steps
 from sparse_bwd.nn.conv_layer import ConvLayer
 from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.nn.linear import autocast_input
+from sparse_bwd.nn.recompute import Origin, origin_of
 from sparse_bwd.ops.conv2d_dw import Plan, conv2d_dw, kept_input
 from sparse_bwd.ops.conv_chain import DB, DSHIFT, DW, DX, Block, activation_code, geometry_numbers
 from sparse_bwd.ops.linear_dw import bias_gradient
@@ -30,7 +32,7 @@ from sparse_bwd.ops.padding import Geometry, conv2d_dx, pad
 class Conv2dFunction(Function):
     """Arguments: x [N, C_in, H, W], full weight and bias (frozen), compact weight and bias, the index vectors of the
     plan (`ops/conv2d_dw.py`), rows of dy that enter db ("rows": those of the plan, for torch.compile wants no tensor
-    twice), the geometry, and (groups of the plan, regroup)."""
+    twice), the geometry, (groups of the plan, regroup), and how x can be made again or None."""
 
     @staticmethod
     def forward(
@@ -46,13 +48,28 @@ class Conv2dFunction(Function):
         bias_rows: Tensor | str | None,
         geometry: Geometry,
         small: tuple[int, bool],
+        origin: Origin | None,
     ) -> Tensor:
         g = geometry
         return F.conv2d(pad(x, g), weight, bias, g.stride, g.inner_padding, g.dilation, g.groups)
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, part, part_bias, keep, spread, rows, pick, bias_rows, ctx.geometry, ctx.small = inputs
+        (
+            x,
+            weight,
+            _,
+            part,
+            part_bias,
+            keep,
+            spread,
+            rows,
+            pick,
+            bias_rows,
+            ctx.geometry,
+            ctx.small,
+            origin,
+        ) = inputs
         bias_rows = rows if isinstance(bias_rows, str) else bias_rows
         needs_dx, needs_dw, needs_db = (
             ctx.needs_input_grad[0],
@@ -60,9 +77,11 @@ class Conv2dFunction(Function):
             ctx.needs_input_grad[4],
         )
         plan = (spread, rows, pick) if needs_dw else (None, None, None)
+        ctx.compute = origin.compute if origin is not None and needs_dw else None
+        again = () if ctx.compute is None else (keep, *origin.tensors)
         ctx.save_for_backward(
-            kept_input(x, keep) if needs_dw else None, weight if needs_dx else None, part if needs_dw else None,
-            *plan, bias_rows if needs_db else None,
+            kept_input(x, keep) if needs_dw and not again else None, weight if needs_dx else None,
+            part if needs_dw else None, *plan, bias_rows if needs_db else None, *again,
         )  # fmt: skip
         ctx.shape = tuple(x.shape[2:])
         ctx.dtypes = [None if p is None else p.dtype for p in (part, part_bias)]
@@ -70,11 +89,14 @@ class Conv2dFunction(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_second_order("SparseConv2d")
-        x, weight, part, spread, rows, pick, bias_rows = ctx.saved_tensors
+        x, weight, part, spread, rows, pick, bias_rows, *again = ctx.saved_tensors
         g: Geometry = ctx.geometry
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = conv2d_dx(dy, weight.to(dy.dtype), ctx.shape, g)
+        if ctx.compute is not None:
+            keep, *tensors = again
+            x = kept_input(ctx.compute(*tensors), keep)
         if ctx.needs_input_grad[3]:
             dw = conv2d_dw(
                 x,
@@ -91,7 +113,7 @@ class Conv2dFunction(Function):
             ).to(ctx.dtypes[0])
         if ctx.needs_input_grad[4]:
             db = bias_gradient(dy, bias_rows, 1).to(ctx.dtypes[1])
-        return (dx, None, None, dw, db, *[None] * 7)
+        return (dx, None, None, dw, db, *[None] * 8)
 
 
 class SparseConv2d(ConvLayer, nn.Conv2d):
@@ -139,7 +161,7 @@ class SparseConv2d(ConvLayer, nn.Conv2d):
             x, self.current("weight"), self.current("bias"),
             parameters["trainable_weight"], parameters["trainable_bias"],
             *plan[:4], "rows" if bias_rows is plan.rows else bias_rows, self._geometry,
-            (plan.groups, self.axis == "in" and self.groups > 1),
+            (plan.groups, self.axis == "in" and self.groups > 1), origin_of(x),
         )  # fmt: skip
         if norm is not None:
             return norm.affine_act(y, act or IDENTITY, inplace=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparse_bwd.nn import ranges
 from sparse_bwd.nn.affine_act import Activation, BatchNorm2d
 from sparse_bwd.nn.function import refuse_second_order
+from sparse_bwd.nn.recompute import Origin, origin_of
 from sparse_bwd.ops.conv_chain import (
     DB,
     DSHIFT,
@@ -46,7 +47,8 @@ class Step(NamedTuple):
 
 class ConvBlockFunction(torch.autograd.Function):
     """Arguments: x, the block, the tensors that backward reads (`ops/conv_chain.py`; the first is x where it is kept
-    whole), whether it runs in channels_last, and three trained tensors per layer: weight, bias, shift."""
+    whole), how x can be made again where it is not kept although it is read, whether the block runs in channels_last,
+    and three trained tensors per layer: weight, bias, shift."""
 
     @staticmethod
     def forward(
@@ -54,11 +56,15 @@ class ConvBlockFunction(torch.autograd.Function):
         x: Tensor,
         block: Block,
         kept: list[Tensor | None],
+        origin: Origin | None,
         channels_last: bool,
         *trained: Tensor | None,
     ) -> Tensor:
         y, *made = conv_chain(x, block, channels_last)
-        ctx.save_for_backward(*kept, *made, *trained)
+        ctx.compute = None if origin is None else origin.compute
+        again = () if origin is None else origin.tensors
+        ctx.save_for_backward(*kept, *made, *again, *trained)
+        ctx.again = slice(len(kept) + len(made), len(kept) + len(made) + len(again))
         ctx.block, ctx.channels_last, ctx.counts = block, channels_last, (len(kept), len(kept) + len(made))
         ctx.size = x.shape[2:]
         return y
@@ -68,9 +74,10 @@ class ConvBlockFunction(torch.autograd.Function):
         refuse_second_order("SparseConv2d")
         saved = ctx.saved_tensors
         first, second = ctx.counts
-        found = iter(
-            conv_chain_dx(dy, saved[:first], saved[first:second], ctx.block, ctx.size, ctx.channels_last)
-        )
+        kept = saved[:first]
+        if ctx.compute is not None:
+            kept = (ctx.compute(*saved[ctx.again]), *kept[1:])
+        found = iter(conv_chain_dx(dy, kept, saved[first:second], ctx.block, ctx.size, ctx.channels_last))
         needs = ctx.needs_input_grad
         return tuple([next(found) if need else None for need in needs])
 
@@ -111,9 +118,11 @@ def _run_block(x: Tensor, steps: list[Step]) -> Tensor:
     if not needs_dx:
         with torch.no_grad():  # a full weight may have been asked for a gradient, which nobody computes
             return conv_chain(x, block, channels_last)[0]
+    origin = None
     if block.numbers[12] & DW and block.tensors[2] is None:
-        kept[0] = x
-    y: Tensor = ConvBlockFunction.apply(x, block, kept, channels_last, *trained)
+        origin = origin_of(x)
+        kept[0] = x if origin is None else None
+    y: Tensor = ConvBlockFunction.apply(x, block, kept, origin, channels_last, *trained)
     return y
 
 

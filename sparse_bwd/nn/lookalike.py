@@ -30,7 +30,7 @@ class PlainGELU(SmoothActivation):
         return F.gelu
 
     def forward(self, input: Tensor) -> Tensor:
-        return _pointwise(input, self.again())
+        return self.beside(input)
 
 
 class TanhGELU(PlainGELU):
@@ -69,11 +69,6 @@ class WeightRMSNorm(ShiftedNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         eps = self.variance_epsilon
         return rms_norm(hidden_states, self._full("weight"), eps, partial(_weight_rms_norm, eps))
-
-
-def _pointwise(x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    y = compute(x)
-    return note_origin(y, compute, x) if torch.is_grad_enabled() and x.requires_grad else y
 
 
 def _quick_gelu(scaled: Tensor) -> Tensor:

@@ -5,7 +5,8 @@
 
 What becomes lean is the output: lean layers that read it make it again from x (`recompute.py`) and keep nothing. A
 Hardswish or GELU cannot be undone from its output instead: both have a minimum, near which x is lost to rounding.
-In place (SiLU, Hardswish) PyTorch keeps a copy of x, and so do these, without a note on the output.
+In place (SiLU, Hardswish) PyTorch keeps a copy of x, and so do these, without a note on the output; but behind a lean
+layer of a Chain (`chain.py`), where nobody else sees x, they work out of place, which takes the same memory.
 """
 
 from __future__ import annotations
@@ -34,8 +35,13 @@ class SmoothActivation(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if getattr(self, "inplace", False) or not (torch.is_grad_enabled() and input.requires_grad):
             return super().forward(input)  # type: ignore[no-any-return]
+        return self.beside(input)
+
+    def beside(self, x: Tensor) -> Tensor:
+        """The activation out of place, for callers that know that nobody looks whether x was overwritten."""
         compute = self.again()
-        return note_origin(compute(input), compute, input)
+        y = compute(x)
+        return note_origin(y, compute, x) if torch.is_grad_enabled() and x.requires_grad else y
 
 
 class GELU(SmoothActivation, nn.GELU):
