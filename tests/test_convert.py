@@ -292,7 +292,7 @@ def test_real_networks_convert_and_come_back(name: str) -> None:
 
 
 def test_a_layer_whose_weight_its_parent_reads_is_left_alone() -> None:
-    model = torchvision.models.swin_t(num_classes=3)
+    model = torchvision.models.swin_v2_t(num_classes=3)
     report = sb.convert(model)
     bypassed = {name for name, reason in report.skipped.items() if "bypassed by its parent" in reason}
     assert bypassed == {name for name, _ in model.named_modules() if name.endswith(("attn.qkv", "attn.proj"))}
