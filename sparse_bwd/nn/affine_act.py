@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparse_bwd.nn.compact import CompactLayer, Slot
 from sparse_bwd.nn.function import Function, refuse_second_order
-from sparse_bwd.nn.index import as_index, beside
+from sparse_bwd.nn.index import as_index
 from sparse_bwd.ops import affine_act as operators
 from sparse_bwd.ops.layout import dense_strides, is_channels_last
 from sparse_bwd.ops.norm_affine import norm_affine
@@ -239,7 +239,7 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
             raise ValueError(
                 "This BatchNorm2d has no shift (affine=False), so its channels cannot be trained."
             )
-        placed = None if chosen is None or not has_shift else chosen.to(beside(self._full("bias").device))
+        placed = self.own_index(chosen, self._full("bias").device) if has_shift else None
         self._place({"bias": Slot(placed, 0, 1)} if wanted and has_shift else {})
         self._index = placed if has_shift else torch.zeros(0, dtype=torch.int64)
 
@@ -267,7 +267,7 @@ class BatchNorm2d(CompactLayer, nn.BatchNorm2d):
         scale, shift = self.coefficients()
         slot = self._slots.get("bias")
         rows = None if slot is None else slot.index
-        return affine_act(x, scale, shift, act, inplace, self._parameters["trainable_bias"], rows)
+        return affine_act(x, scale, shift, act, inplace, self.trained("bias"), rows)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.on_running_statistics:

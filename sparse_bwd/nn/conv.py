@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from sparse_bwd.nn.affine_act import IDENTITY, Activation, BatchNorm2d, affine_act
 from sparse_bwd.nn.compact import CompactLayer
+from sparse_bwd.nn.compiled import of_any_length
 from sparse_bwd.nn.conv_block import Step, run_steps
 from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.nn.index import Move, as_index, mover
 from sparse_bwd.nn.linear import autocast_input, check_words, place_selection
-from sparse_bwd.ops.conv2d_dw import Plan, conv2d_dw, kept_input, make_plan
+from sparse_bwd.ops.conv2d_dw import Plan, conv2d_dw, groups_of, kept_input, make_plan
 from sparse_bwd.ops.conv_chain import DB, DSHIFT, DW, DX, Block, activation_code, geometry_numbers
 from sparse_bwd.ops.linear_dw import bias_gradient
 from sparse_bwd.ops.padding import Geometry, conv2d_dx, pad
@@ -32,7 +33,7 @@ from sparse_bwd.ops.padding import Geometry, conv2d_dx, pad
 class Conv2dFunction(Function):
     """Arguments: x [N, C_in, H, W], full weight and bias (frozen), compact weight and bias, the index vectors of the
     plan (`ops/conv2d_dw.py`), rows of dy that enter db ("rows": those of the plan, for torch.compile wants no tensor
-    twice), the geometry, and (groups of the plan, regroup)."""
+    twice), the geometry, and whether dw is that of input channels in groups."""
 
     @staticmethod
     def forward(
@@ -47,14 +48,14 @@ class Conv2dFunction(Function):
         pick: Tensor | None,
         bias_rows: Tensor | str | None,
         geometry: Geometry,
-        small: tuple[int, bool],
+        regroup: bool,
     ) -> Tensor:
         g = geometry
         return F.conv2d(pad(x, g), weight, bias, g.stride, g.inner_padding, g.dilation, g.groups)
 
     @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, part, part_bias, keep, spread, rows, pick, bias_rows, ctx.geometry, ctx.small = inputs
+        x, weight, _, part, part_bias, keep, spread, rows, pick, bias_rows, ctx.geometry, ctx.regroup = inputs
         bias_rows = rows if isinstance(bias_rows, str) else bias_rows
         needs_dx, needs_dw, needs_db = (
             ctx.needs_input_grad[0],
@@ -89,7 +90,8 @@ class Conv2dFunction(Function):
                 g.padding,
                 g.padding_mode,
                 g.dilation,
-                *ctx.small,
+                groups_of(x, dy, rows, part.shape, ctx.regroup),
+                ctx.regroup,
             ).to(ctx.dtypes[0])
         if ctx.needs_input_grad[4]:
             db = bias_gradient(dy, bias_rows, 1).to(ctx.dtypes[1])
@@ -173,12 +175,14 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
         self._move_index(mover(self._full("weight").device))
         known = plan.spread is None and plan.pick is None and not self._geometry.pads_outside
         served = known and (self.groups == 1 or self.depthwise)
-        self._numbers = geometry_numbers(self._geometry, self.kernel_size, plan.groups) if served else ()
+        self._numbers = geometry_numbers(self._geometry, self.kernel_size) if served else ()
 
     def _move_index(self, move: Move) -> None:
         super()._move_index(move)
         keep, spread, rows, pick, groups = self._plan
         self._plan = Plan(move(keep), move(spread), move(rows), move(pick), groups)
+        for vector in self._plan[:4]:
+            of_any_length(vector)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3:
@@ -188,13 +192,13 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
 
     def convolve(self, x: Tensor, norm: BatchNorm2d | None, act: Activation | None) -> Tensor:
         """The convolution, and the norm on running statistics and the activation behind it in place."""
-        plan, slot, parameters = self._plan, self._slots.get("bias"), self._parameters
+        plan, slot = self._plan, self._slots.get("bias")
         bias_rows = None if slot is None else slot.index
         y: Tensor = Conv2dFunction.apply(
             x, self.current("weight"), self.current("bias"),
-            parameters["trainable_weight"], parameters["trainable_bias"],
+            self.trained("weight"), self.trained("bias"),
             *plan[:4], "rows" if bias_rows is plan.rows else bias_rows, self._geometry,
-            (plan.groups, self.axis == "in" and self.groups > 1),
+            self.axis == "in" and self.groups > 1,
         )  # fmt: skip
         if norm is not None:
             return norm.affine_act(y, act or IDENTITY, inplace=True)
@@ -202,9 +206,8 @@ class SparseConv2d(CompactLayer, nn.Conv2d):
 
     def trained_tensors(self, norm: BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The compact weight and bias, and the compact shift of the norm behind."""
-        own = self._parameters
-        shift = None if norm is None else norm._parameters["trainable_bias"]
-        return own["trainable_weight"], own["trainable_bias"], shift
+        shift = None if norm is None else norm.trained("bias")
+        return self.trained("weight"), self.trained("bias"), shift
 
     def describe(
         self,

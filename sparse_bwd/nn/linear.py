@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparse_bwd.nn.compact import CompactLayer, Slot
 from sparse_bwd.nn.function import Function, refuse_second_order
-from sparse_bwd.nn.index import as_index, beside
+from sparse_bwd.nn.index import as_index
 from sparse_bwd.ops.linear_dw import bias_gradient, linear_dw
 
 
@@ -131,7 +131,7 @@ class SparseLinear(CompactLayer, nn.Linear):
         rows = index if self.axis == "out" else None
         bias_rows = None if bias_slot is None else bias_slot.index
         y: Tensor = LinearFunction.apply(
-            input, weight, bias, self._parameters["trainable_weight"], self._parameters["trainable_bias"],
+            input, weight, bias, self.trained("weight"), self.trained("bias"),
             index if self.axis == "in" else None, rows,
             # The layer holds one vector where both are equal, so that no values need to be compared.
             "rows" if bias_rows is rows else bias_rows,
@@ -154,7 +154,7 @@ def place_selection(
 ) -> None:
     """Make the slots of a weight-bearing layer from a checked selection and install them."""
     full = layer._full("weight")
-    layer_index = None if chosen is None else chosen.to(beside(full.device))
+    layer_index = layer.own_index(chosen, full.device)
     # An index of all channels is no gather at all.
     index = None if chosen is not None and chosen.numel() == layer.num_channels(axis) else layer_index
     slots: dict[str, Slot] = {}
