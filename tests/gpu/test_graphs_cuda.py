@@ -54,16 +54,16 @@ def recorded(step: Callable[[], None], device: str) -> Callable[[], None]:
         for _ in range(WARM):
             step()
         return step
-    side = torch.cuda.Stream()  # pragma: no cover -- needs CUDA
-    side.wait_stream(torch.cuda.current_stream())  # pragma: no cover -- needs CUDA
-    with torch.cuda.stream(side):  # pragma: no cover -- needs CUDA
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
         for _ in range(WARM):
             step()
-    torch.cuda.current_stream().wait_stream(side)  # pragma: no cover -- needs CUDA
-    graph = torch.cuda.CUDAGraph()  # pragma: no cover -- needs CUDA
-    with torch.cuda.graph(graph):  # pragma: no cover -- needs CUDA
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         step()
-    return graph.replay  # pragma: no cover -- needs CUDA
+    return graph.replay
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
