@@ -18,9 +18,10 @@ from torch.nn.parameter import is_lazy
 
 from sparse_bwd.nn import affine_act, dropout, max_pool2d
 from sparse_bwd.nn.chain import Chain, can_chain
-from sparse_bwd.nn.compact import TRAINABLE, CompactLayer, nearest
+from sparse_bwd.nn.compact import CompactLayer, nearest
 from sparse_bwd.nn.conv import SparseConv2d
 from sparse_bwd.nn.linear import SparseLinear
+from sparse_bwd.nn.slot import TRAINABLE
 
 _STATELESS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ReLU: affine_act.ReLU,

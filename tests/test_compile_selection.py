@@ -149,6 +149,37 @@ def test_batches_of_any_size() -> None:
     assert counting.graphs == 2, "the first size, and then any"
 
 
+@pytest.mark.parametrize("mode", ["bias", "train"])
+def test_other_modes_of_norms(mode: str) -> None:
+    """A shift trained whole, which shares memory with its full vector, and statistics of the batch."""
+    torch.manual_seed(0)
+    model = Small()
+    sb.convert(model, batch_norm=mode)
+    chosen = selection(model, "out", 2, 0)
+    del chosen["norm"]
+    sb.apply(model, chosen)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for seed in range(2):
+        assert_same_step(model, compiled, twin, images(seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("axis", "chosen"), [("out", [[0, 5], [1, 6], [0, 2, 4, 7]]), ("in", [[1], [3], [0, 2]])]
+)
+def test_grouped_layers_while_as_many_groups_are_touched_alike(axis: str, chosen: list[list[int]]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2))
+    sb.convert(model, always_train=["0"])
+    counting = Counting()
+    compiled = torch.compile(model, backend=counting, fullgraph=True)
+    for index in chosen:
+        bias = "selected" if axis == "out" else "none"
+        sb.apply(model, {"2": sb.Channels(index, axis=axis, bias=bias)})
+        assert_same_step(model, compiled, copy.deepcopy(model), images())
+    assert counting.graphs == 1
+
+
 class Stage(nn.Module):
     """A residual block of a network of twelve."""
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.nn.compact import CompactLayer, Slot
+from sparse_bwd.nn.compact import CompactLayer
 from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.nn.index import as_index
+from sparse_bwd.nn.slot import Slot
 from sparse_bwd.ops import affine_act as operators
 from sparse_bwd.ops.layout import dense_strides, is_channels_last
 from sparse_bwd.ops.norm_affine import norm_affine

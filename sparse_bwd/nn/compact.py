@@ -16,46 +16,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_bwd.nn.compiled import graph_view, of_any_length, same_length
 from sparse_bwd.nn.index import Move, beside, mover
+from sparse_bwd.nn.slot import TRAINABLE, Slot, Synced
 from sparse_bwd.ops.layout import is_channels_last
 from sparse_bwd.ops.write_back import read_slices, write_back
-
-TRAINABLE = {"weight": "trainable_weight", "bias": "trainable_bias"}
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """Where the slices of one compact Parameter live in its full tensor."""
-
-    index: Tensor | None  # int64 on the layer's device; None = all
-    dim: int
-    groups: int
-
-    @property
-    def axis(self) -> int:
-        """The dimension of the compact tensor that counts channels."""
-        return self.dim if self.groups == 1 else 0
-
-    @property
-    def whole(self) -> bool:
-        """Whether the slices are the full tensor in its own shape, so that both share one memory."""
-        return self.index is None and (self.dim == 0 or self.groups == 1)
-
-
-class _Synced(NamedTuple):
-    """Version counters of a full tensor and its compact Parameter when both last agreed."""
-
-    full: Tensor
-    full_version: int
-    part: Tensor
-    part_version: int
 
 
 class CompactLayer(nn.Module):
@@ -66,7 +37,7 @@ class CompactLayer(nn.Module):
     selectable: bool
     _index: Tensor | None
     _slots: dict[str, Slot]
-    _synced: dict[str, _Synced]
+    _synced: dict[str, Synced]
     _graph: dict[str, Tensor]  # what torch.compile reads of the compact Parameters (`compiled.py`)
     _original_flags: dict[str, bool]
 
@@ -133,7 +104,7 @@ class CompactLayer(nn.Module):
         self.synchronise()
         for name, trainable in TRAINABLE.items():
             old, new = self._slots.get(name), slots.get(name)
-            if old is not None and new is not None and _same_slot(old, new):
+            if old is not None and new is not None and old.is_like(new):
                 slots[name] = old
                 continue
             parameter = None
@@ -215,7 +186,7 @@ class CompactLayer(nn.Module):
         for name in names:
             full, part = self._full(name), self._parameters[TRAINABLE[name]]
             if part is not None:
-                self._synced[name] = _Synced(full, full._version, part, part._version)
+                self._synced[name] = Synced(full, full._version, part, part._version)
 
     @torch.no_grad()
     def _refresh(self, names: Iterable[str]) -> None:
@@ -280,12 +251,6 @@ class CompactLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._show_graphs()
-
-
-def _same_slot(a: Slot, b: Slot) -> bool:
-    if (a.dim, a.groups, a.index is None) != (b.dim, b.groups, b.index is None):
-        return False
-    return a.index is None or b.index is None or torch.equal(a.index, b.index)
 
 
 def synchronise(layers: Iterable[CompactLayer]) -> None:

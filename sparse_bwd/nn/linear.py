@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_bwd.nn.compact import CompactLayer, Slot
+from sparse_bwd.nn.compact import CompactLayer
 from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.nn.index import as_index
+from sparse_bwd.nn.slot import Slot
 from sparse_bwd.ops.linear_dw import bias_gradient, linear_dw
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bwd.nn import BatchNorm2d, CompactLayer, SparseConv2d, SparseLinear, layers, norms
-from sparse_bwd.nn.compact import TRAINABLE, Slot
+from sparse_bwd.nn.slot import TRAINABLE, Slot
 from sparse_bwd.selection.compile_limit import warn_at_limit
 from sparse_bwd.selection.selection import Channels, Selection
 
