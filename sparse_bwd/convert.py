@@ -17,10 +17,11 @@ from torch.nn.parameter import is_lazy
 
 from sparse_bwd.nn import attention
 from sparse_bwd.nn.chain import Chain, can_chain
-from sparse_bwd.nn.compact import TRAINABLE, CompactLayer, nearest
+from sparse_bwd.nn.compact import CompactLayer, nearest
 from sparse_bwd.nn.kinds import LEAN, STOCK, is_candidate
 from sparse_bwd.nn.lookalike import lookalike
 from sparse_bwd.nn.norm import ShiftedNorm, check_mode
+from sparse_bwd.nn.slot import TRAINABLE
 from sparse_bwd.nn.sparse_layer import SparseLayer
 from sparse_bwd.skipped import own_reason, reasons_in
 

@@ -25,7 +25,7 @@ LIMITS = (
     "Native kernels serve dense float32 and bfloat16 tensors (on CUDA float16 too), conv2d_dw those of depthwise "
     "layers; plain PyTorch serves every other call."
 )
-BLOCKS = "one native call each on CPU; layer by layer in other types, with hooks and under torch.compile"
+BLOCKS = "one native call each on CPU; also under torch.compile; layer by layer in other types and with hooks"
 
 
 def examine() -> dict[str, Any]:

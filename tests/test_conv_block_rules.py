@@ -217,18 +217,27 @@ def test_a_compact_parameter_may_be_frozen_by_hand(frozen: int) -> None:
     assert sum(g is None for g in results[0]) == 1
 
 
-def test_transforms_and_compiled_models_take_the_plain_way() -> None:
-    """torch.func differentiates what it differentiates once as if it came twice, which the layers refuse in words."""
+def test_transforms_take_the_plain_way_and_compiled_models_the_same() -> None:
+    """torch.func differentiates what it differentiates once as if it came twice, which the layers refuse in words.
+
+    A graph holds the native call itself.
+    """
     model, x = net(), image()
     with pytest.raises(RuntimeError, match="differentiated twice"):
         torch.func.grad(lambda x: model(x).sum())(x)
-    results = []
-    for one in (torch.compile(net(), backend="aot_eager"), net()):
+    results, called = [], []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        called.append("conv_chain.default" in graph.print_readable(print_output=False))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    for one in (torch.compile(net(), backend=backend), net()):
         leaf = x.clone().requires_grad_()
         y = one(leaf)
         y.backward(gradient(y))
         results.append([y.detach(), leaf.grad, *grads(one)])
     assert_all_same(*results)
+    assert called == [True]
 
 
 def make_double(model: Any) -> None:

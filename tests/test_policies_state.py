@@ -46,6 +46,7 @@ RESUMED = {
     "reference": lambda m, p: sb.VelocityPolicy(m, sb.Budget(fraction=0.3), p, recursion="reference"),
     "random": lambda m, p: sb.RandomPolicy(m, sb.Budget(fraction=0.3)),
     "random-once": lambda m, p: sb.RandomPolicy(m, sb.Budget(fraction=0.3), redraw=False),
+    "random-kept": lambda m, p: sb.RandomPolicy(m, sb.Budget(fraction=0.3), keep_layers=True),
     "full": lambda m, p: sb.FullPolicy(m),
     "frozen": lambda m, p: sb.FrozenPolicy(m),
     "scheme": lambda m, p: sb.SparseUpdatePolicy(

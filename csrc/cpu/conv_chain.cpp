@@ -175,7 +175,7 @@ Tensor gradient_of_weight(const Layer& layer, const Tensor& x, const Tensor& dy,
   const int64_t k = rows ? rows->numel() : dy.size(1), c = x.size(1), kh = layer.kernel[0], kw = layer.kernel[1];
   if (layer.groups > 1) {
     const Tensor dw = empty_image({k, 1, kh, kw}, last, x);
-    conv2d_dw(dw, x, dy, rows, layer.stride, layer.padding, layer.dilation, layer.dw_groups, last);
+    conv2d_dw(dw, x, dy, rows, layer.stride, layer.padding, layer.dilation, c, last);
     return dw;
   }
   // Also where it strides: torch 2.14 corrupts memory in the weight gradient of such layers with few input channels.

@@ -15,10 +15,9 @@ enum Wanted : int64_t { kDw = 1, kDb = 2, kDshift = 4, kDx = 8 };
 
 // One layer, from the flat lists of the schema.
 struct Layer {
-  static constexpr size_t kNumbers = 13;
+  static constexpr size_t kNumbers = 12;
   Ints stride, padding, dilation, kernel;
   int64_t groups;
-  int64_t dw_groups;  // of the weight gradient: those that a channel is selected in
   int64_t act;        // < 0: nothing follows the convolution
   int64_t wants;
   double eps;         // of the norm; < 0: there is none
@@ -27,8 +26,8 @@ struct Layer {
   Layer(const Ints& numbers, const std::vector<double>& values, size_t layer) {
     const int64_t* n = &numbers[kNumbers * layer];
     stride = {n[0], n[1]}, padding = {n[2], n[3]}, dilation = {n[4], n[5]}, kernel = {n[6], n[7]};
-    groups = n[8], dw_groups = n[9], act = n[10], wants = n[12];
-    keeps_channels = n[11];
+    groups = n[8], act = n[9], wants = n[11];
+    keeps_channels = n[10];
     eps = values[3 * layer], low = values[3 * layer + 1], high = values[3 * layer + 2];
   }
 

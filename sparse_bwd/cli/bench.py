@@ -44,8 +44,8 @@ def bench(
     alternatives: Annotated[
         str,
         typer.Option(
-            help="What others do: frozen-layers, masked, whole-layers, checkpoint, compile, compile-lean, lora, "
-            "memsave; or all, or none."
+            help="What others do: frozen-layers, masked, whole-layers, checkpoint, compile, compile-lean, "
+            "compile-ours, lora, memsave; or all, or none."
         ),
     ] = "all",
     alternatives_at: Annotated[

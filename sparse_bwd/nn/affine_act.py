@@ -230,7 +230,7 @@ class BatchNorm2d(ShiftedNorm, nn.BatchNorm2d):
         scale, shift = self.coefficients()
         slot = self._slots.get("bias")
         rows = None if slot is None else slot.index
-        return affine_act(x, scale, shift, act, inplace, self._parameters["trainable_bias"], rows)
+        return affine_act(x, scale, shift, act, inplace, self.trained("bias"), rows)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.on_running_statistics:

@@ -16,39 +16,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_bwd.nn.index import Move, mover
+from sparse_bwd.nn.compiled import graph_view, of_any_length, same_length
+from sparse_bwd.nn.index import Move, beside, mover
+from sparse_bwd.nn.slot import TRAINABLE, Slot, Synced
+from sparse_bwd.ops.layout import is_channels_last
 from sparse_bwd.ops.write_back import read_slices, write_back
-
-TRAINABLE = {"weight": "trainable_weight", "bias": "trainable_bias"}
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """Where the slices of one compact Parameter live in its full tensor."""
-
-    index: Tensor | None  # int64 on the layer's device; None = all
-    dim: int
-    groups: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether the slices are the full tensor in its own shape, so that both share one memory."""
-        return self.index is None and (self.dim == 0 or self.groups == 1)
-
-
-class _Synced(NamedTuple):
-    """Version counters of a full tensor and its compact Parameter when both last agreed."""
-
-    full: Tensor
-    full_version: int
-    part: Tensor
-    part_version: int
 
 
 class CompactLayer(nn.Module):
@@ -59,14 +37,15 @@ class CompactLayer(nn.Module):
     selectable: bool
     _index: Tensor | None
     _slots: dict[str, Slot]
-    _synced: dict[str, _Synced]
+    _synced: dict[str, Synced]
+    _graph: dict[str, Tensor]  # what torch.compile reads of the compact Parameters (`compiled.py`)
     _original_flags: dict[str, bool]
 
     def _init_compact(self) -> None:
         """Add the state of a compact layer to a stock one: everything frozen, nothing selected."""
         self._original_flags = {n: p.requires_grad for n, p in self._parameters.items() if p is not None}
         self.selectable = self._original_flags.get("weight", True)
-        self._slots, self._synced = {}, {}
+        self._slots, self._synced, self._graph = {}, {}, {}
         self._index = torch.zeros(0, dtype=torch.int64)
         self.axis, self.bias_mode = "out", "none"
         for name in TRAINABLE.values():
@@ -86,6 +65,7 @@ class CompactLayer(nn.Module):
             "selectable",
             "_slots",
             "_synced",
+            "_graph",
             "_index",
             "axis",
             "bias_mode",
@@ -109,12 +89,22 @@ class CompactLayer(nn.Module):
         """Whether any compact Parameter exists."""
         return any(self._parameters.get(name) is not None for name in TRAINABLE.values())
 
+    def own_index(self, chosen: Tensor | None, device: torch.device) -> Tensor | None:
+        """A checked index on the layer's device: the vector that is there already, where it holds the same channels.
+
+        A graph asks which of its inputs are one tensor, so whatever names the same channels must be one vector.
+        """
+        now = self._index
+        placed = None if chosen is None else chosen.to(beside(device))
+        same = now is not None and placed is not None and now.device == placed.device
+        return now if same and torch.equal(now, placed) else placed  # type: ignore[arg-type]
+
     def _place(self, slots: dict[str, Slot]) -> None:
         """Install new slots and make their compact Parameters from the full tensors; kept where nothing changes."""
         self.synchronise()
         for name, trainable in TRAINABLE.items():
             old, new = self._slots.get(name), slots.get(name)
-            if old is not None and new is not None and _same_slot(old, new):
+            if old is not None and new is not None and old.is_like(new):
                 slots[name] = old
                 continue
             parameter = None
@@ -123,6 +113,25 @@ class CompactLayer(nn.Module):
             self._parameters[trainable] = parameter
         self._slots, self._synced = slots, {}
         self._record(slots)
+        self._show_graphs()
+
+    def _show_graphs(self) -> None:
+        """Make what torch.compile reads, anew after every change of a compact Parameter or an index."""
+        self._graph = {}
+        for name, slot in self._slots.items():
+            part = self._parameters[TRAINABLE[name]]
+            if slot.index is not None and part is not None:
+                of_any_length(slot.index)
+                self._graph[name] = graph_view(part, slot.axis, is_channels_last(self._full(name)))
+
+    def trained(self, name: str) -> Tensor | None:
+        """The compact tensor of "weight" or "bias" as forward reads it; None if nothing of it is trained."""
+        slot = self._slots.get(name)
+        if torch.compiler.is_compiling() and slot is not None and slot.index is not None:
+            view = self._graph[name]
+            same_length(view, slot.axis, slot.index)
+            return view
+        return self._parameters[TRAINABLE[name]]
 
     # Full and compact tensors
 
@@ -151,9 +160,10 @@ class CompactLayer(nn.Module):
         Under torch.compile it is the compact one where that is the whole: two tensors in one memory, any of which is
         written, cannot both enter a graph.
         """
-        slot, part = self._slots.get(name), self._parameters.get(TRAINABLE[name])
-        if torch.compiler.is_compiling() and slot is not None and part is not None and slot.whole:
-            return part.detach()
+        slot = self._slots.get(name)
+        if torch.compiler.is_compiling() and slot is not None and slot.whole:
+            part = self._parameters[TRAINABLE[name]]
+            return None if part is None else part.detach()
         return self._parameters[name]
 
     def _read(self, name: str) -> Tensor | None:
@@ -176,7 +186,7 @@ class CompactLayer(nn.Module):
         for name in names:
             full, part = self._full(name), self._parameters[TRAINABLE[name]]
             if part is not None:
-                self._synced[name] = _Synced(full, full._version, part, part._version)
+                self._synced[name] = Synced(full, full._version, part, part._version)
 
     @torch.no_grad()
     def _refresh(self, names: Iterable[str]) -> None:
@@ -232,16 +242,15 @@ class CompactLayer(nn.Module):
         """Bring index vectors to the device of the parameters."""
         self._index = move(self._index)
         self._slots = {n: replace(s, index=move(s.index)) for n, s in self._slots.items()}
+        self._show_graphs()
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronise()
-        return {**self.__dict__, "_synced": {}}
+        return {**self.__dict__, "_synced": {}, "_graph": {}}
 
-
-def _same_slot(a: Slot, b: Slot) -> bool:
-    if (a.dim, a.groups, a.index is None) != (b.dim, b.groups, b.index is None):
-        return False
-    return a.index is None or b.index is None or torch.equal(a.index, b.index)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._show_graphs()
 
 
 def synchronise(layers: Iterable[CompactLayer]) -> None:
@@ -255,7 +264,7 @@ def synchronise(layers: Iterable[CompactLayer]) -> None:
     for layer in layers:
         parameters, synced = layer._parameters, layer._synced
         for name, slot in layer._slots.items():
-            full, part = parameters[name], parameters[TRAINABLE[name]]
+            full, part = parameters[name], layer.trained(name)
             if full is None or part is None or full.device.type == "meta":  # no values that could disagree
                 continue
             if not compiling:

@@ -23,7 +23,7 @@ from sparse_bwd.nn.conv_layer import ConvLayer
 from sparse_bwd.nn.function import Function, refuse_second_order
 from sparse_bwd.nn.linear import autocast_input
 from sparse_bwd.nn.recompute import Origin, origin_of
-from sparse_bwd.ops.conv2d_dw import Plan, conv2d_dw, kept_input
+from sparse_bwd.ops.conv2d_dw import Plan, conv2d_dw, groups_of, kept_input
 from sparse_bwd.ops.conv_chain import DB, DSHIFT, DW, DX, Block, activation_code, geometry_numbers
 from sparse_bwd.ops.linear_dw import bias_gradient
 from sparse_bwd.ops.padding import Geometry, conv2d_dx, pad
@@ -32,7 +32,7 @@ from sparse_bwd.ops.padding import Geometry, conv2d_dx, pad
 class Conv2dFunction(Function):
     """Arguments: x [N, C_in, H, W], full weight and bias (frozen), compact weight and bias, the index vectors of the
     plan (`ops/conv2d_dw.py`), rows of dy that enter db ("rows": those of the plan, for torch.compile wants no tensor
-    twice), the geometry, (groups of the plan, regroup), and how x can be made again or None."""
+    twice), the geometry, whether dw is that of input channels in groups, and how x can be made again or None."""
 
     @staticmethod
     def forward(
@@ -47,7 +47,7 @@ class Conv2dFunction(Function):
         pick: Tensor | None,
         bias_rows: Tensor | str | None,
         geometry: Geometry,
-        small: tuple[int, bool],
+        regroup: bool,
         origin: Origin | None,
     ) -> Tensor:
         g = geometry
@@ -67,7 +67,7 @@ class Conv2dFunction(Function):
             pick,
             bias_rows,
             ctx.geometry,
-            ctx.small,
+            ctx.regroup,
             origin,
         ) = inputs
         bias_rows = rows if isinstance(bias_rows, str) else bias_rows
@@ -109,7 +109,8 @@ class Conv2dFunction(Function):
                 g.padding,
                 g.padding_mode,
                 g.dilation,
-                *ctx.small,
+                groups_of(x, dy, rows, part.shape, ctx.regroup),
+                ctx.regroup,
             ).to(ctx.dtypes[0])
         if ctx.needs_input_grad[4]:
             db = bias_gradient(dy, bias_rows, 1).to(ctx.dtypes[1])
@@ -145,7 +146,7 @@ class SparseConv2d(ConvLayer, nn.Conv2d):
         super()._use(plan)
         known = plan.spread is None and plan.pick is None and not self._geometry.pads_outside
         served = known and (self.groups == 1 or self.depthwise)
-        self._numbers = geometry_numbers(self._geometry, self.kernel_size, plan.groups) if served else ()
+        self._numbers = geometry_numbers(self._geometry, self.kernel_size) if served else ()
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3:
@@ -155,13 +156,13 @@ class SparseConv2d(ConvLayer, nn.Conv2d):
 
     def convolve(self, x: Tensor, norm: BatchNorm2d | None, act: Activation | None) -> Tensor:
         """The convolution, and the norm on running statistics and the activation behind it in place."""
-        plan, slot, parameters = self._plan, self._slots.get("bias"), self._parameters
+        plan, slot = self._plan, self._slots.get("bias")
         bias_rows = None if slot is None else slot.index
         y: Tensor = Conv2dFunction.apply(
             x, self.current("weight"), self.current("bias"),
-            parameters["trainable_weight"], parameters["trainable_bias"],
+            self.trained("weight"), self.trained("bias"),
             *plan[:4], "rows" if bias_rows is plan.rows else bias_rows, self._geometry,
-            (plan.groups, self.axis == "in" and self.groups > 1), origin_of(x),
+            self.axis == "in" and self.groups > 1, origin_of(x),
         )  # fmt: skip
         if norm is not None:
             return norm.affine_act(y, act or IDENTITY, inplace=True)
@@ -169,9 +170,8 @@ class SparseConv2d(ConvLayer, nn.Conv2d):
 
     def trained_tensors(self, norm: BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The compact weight and bias, and the compact shift of the norm behind."""
-        own = self._parameters
-        shift = None if norm is None else norm._parameters["trainable_bias"]
-        return own["trainable_weight"], own["trainable_bias"], shift
+        shift = None if norm is None else norm.trained("bias")
+        return self.trained("weight"), self.trained("bias"), shift
 
     def describe(
         self,

@@ -119,7 +119,7 @@ def _run_block(x: Tensor, steps: list[Step]) -> Tensor:
         with torch.no_grad():  # a full weight may have been asked for a gradient, which nobody computes
             return conv_chain(x, block, channels_last)[0]
     origin = None
-    if block.numbers[12] & DW and block.tensors[2] is None:
+    if block.numbers[11] & DW and block.tensors[2] is None:
         origin = origin_of(x)
         kept[0] = x if origin is None else None
     y: Tensor = ConvBlockFunction.apply(x, block, kept, origin, channels_last, *trained)
@@ -139,10 +139,12 @@ def _are_served(steps: list[Step], x: Tensor) -> bool:
 def _is_served(step: Step, dtype: torch.dtype) -> bool:
     """Whether the native library knows the layer and its types."""
     conv, norm = step.conv, step.norm
-    own = conv._parameters
-    if not conv._numbers or any(p is not None and p.dtype is not dtype for p in own.values()):
+    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+    for p in (weight, bias, *conv.trained_tensors(None)):
+        if p is not None and p.dtype is not dtype:
+            return False
+    if not conv._numbers:
         return False
-    weight, bias = own["weight"], own["bias"]
     if not (weight.is_contiguous() or is_channels_last(weight)):  # type: ignore[union-attr, arg-type]
         return False
     if bias is not None and not bias.is_contiguous():
@@ -151,5 +153,7 @@ def _is_served(step: Step, dtype: torch.dtype) -> bool:
         return True
     if norm.num_features != conv.out_channels:
         return False
-    vectors = (norm.running_mean, norm.running_var, *norm._parameters.values())
-    return all(v is None or (v.dtype is torch.float32 and v.is_contiguous()) for v in vectors)
+    vectors = [norm.running_mean, norm.running_var, norm._parameters["weight"], norm._parameters["bias"]]
+    vectors.append(norm.trained("bias"))
+    # A list, for torch.compile follows no generator that is left half-way.
+    return not [v for v in vectors if v is not None and not (v.dtype is torch.float32 and v.is_contiguous())]

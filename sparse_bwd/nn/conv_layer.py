@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from sparse_bwd.nn.compiled import of_any_length
 from sparse_bwd.nn.index import Move, as_index, mover
 from sparse_bwd.nn.sparse_layer import SparseLayer, check_words, place_selection
 from sparse_bwd.ops.conv2d_dw import Plan, make_plan
@@ -102,6 +103,8 @@ class ConvLayer(SparseLayer):
         super()._move_index(move)
         keep, spread, rows, pick, groups = self._plan
         self._plan = Plan(move(keep), move(spread), move(rows), move(pick), groups)
+        for vector in self._plan[:4]:
+            of_any_length(vector)
 
     def by_channel(self, values: Tensor) -> Tensor:
         """[N, C, *] as it is; without a batch one sample."""

@@ -215,7 +215,7 @@ class SlicedConv(ConvLayer):
             return self.convolve(input.unsqueeze(0), output_padding).squeeze(0)
         self.synchronise()
         x = self._pad(autocast_input(input))
-        sides, slot, own = self._sides, self._slots.get("bias"), self._parameters
+        sides, slot = self._sides, self._slots.get("bias")
         bias_rows = None if slot is None else slot.index
         zeros = (0,) * len(self.kernel_size)
         walk = Walk(
@@ -223,7 +223,7 @@ class SlicedConv(ConvLayer):
             self.groups,
         )  # fmt: skip
         y: Tensor = ConvNdFunction.apply(
-            x, self.current("weight"), self.current("bias"), own["trainable_weight"], own["trainable_bias"],
+            x, self.current("weight"), self.current("bias"), self.trained("weight"), self.trained("bias"),
             *sides[:4], "take" if bias_rows is sides.take else bias_rows, walk, sides[4:], origin_of(x),
         )  # fmt: skip
         return y

@@ -106,7 +106,7 @@ class SparseEmbedding(SparseLayer, nn.Embedding):
         self.synchronise()
         weight, part, slot = (
             self.current("weight"),
-            self._parameters["trainable_weight"],
+            self.trained("weight"),
             self._slots.get("weight"),
         )
         assert weight is not None

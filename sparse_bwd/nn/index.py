@@ -46,11 +46,19 @@ def beside(device: torch.device) -> torch.device:
 
 
 def mover(device: torch.device) -> Move:
-    """A function that moves index vectors to `device`; a vector that is held in two places stays one."""
+    """A function that moves index vectors to `device`; a vector that is held in two places stays one.
+
+    None is a view of another afterwards, for torch.compile takes the length of what is behind a view as a constant.
+    """
     device = beside(device)
     moved: dict[int, tuple[Tensor, Tensor]] = {}
 
     def move(vector: Tensor | None) -> Tensor | None:
-        return None if vector is None else moved.setdefault(id(vector), (vector, vector.to(device)))[1]
+        if vector is None:
+            return None
+        if id(vector) not in moved:
+            there = vector.to(device)
+            moved[id(vector)] = vector, there.clone() if there._is_view() else there
+        return moved[id(vector)][1]
 
     return move

@@ -116,7 +116,7 @@ class LayerNorm(ShiftedNorm, nn.LayerNorm):
         if slot is None:
             y = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
         else:
-            part = self._parameters["trainable_bias"]
+            part = self.trained("bias")
             y = LayerNormFunction.apply(x, weight, bias, part, slot.index, self.eps)
         return _with_origin(y, partial(_layer_norm, self.eps), x, weight, bias)
 

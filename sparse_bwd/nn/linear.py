@@ -134,7 +134,7 @@ class FeatureLayer(SparseLayer):
         rows = index if self.axis == "out" else None
         bias_rows = None if bias_slot is None else bias_slot.index
         y: Tensor = LinearFunction.apply(
-            x, weight, self.current("bias"), part, self._parameters["trainable_bias"],
+            x, weight, self.current("bias"), part, self.trained("bias"),
             index if self.axis == "in" else None, rows,
             # The layer holds one vector where both are equal, so that no values need to be compared.
             "rows" if bias_rows is rows else bias_rows, origin_of(x),
@@ -162,7 +162,7 @@ class SparseLinear(FeatureLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         self.synchronise()
-        return self.product(input, self.current("weight"), self._parameters["trainable_weight"])
+        return self.product(input, self.current("weight"), self.trained("weight"))
 
 
 class TransposedLinear(FeatureLayer):
@@ -187,7 +187,7 @@ class TransposedLinear(FeatureLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         self.synchronise()
-        weight, part = self.current("weight"), self._parameters["trainable_weight"]
+        weight, part = self.current("weight"), self.trained("weight")
         assert weight is not None
         return self.product(x, weight.t(), None if part is None else part.t())
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from sparse_bwd.nn.compact import CompactLayer, Slot
-from sparse_bwd.nn.index import as_index, beside
+from sparse_bwd.nn.compact import CompactLayer
+from sparse_bwd.nn.index import as_index
+from sparse_bwd.nn.slot import Slot
 
 MODES = ("frozen", "bias", "train")
 
@@ -69,7 +70,7 @@ class ShiftedNorm(CompactLayer):
         if wanted and not self.has_shift and index is not None:
             raise ValueError(f"This {kind} has no shift, so its channels cannot be trained.")
         has_shift = self.has_shift
-        placed = None if chosen is None or not has_shift else chosen.to(beside(self._full("bias").device))
+        placed = self.own_index(chosen, self._full("bias").device) if has_shift else None
         self._place({"bias": Slot(placed, 0, 1)} if wanted and has_shift else {})
         self._index = placed if has_shift else torch.zeros(0, dtype=torch.int64)
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sparse_bwd.nn.compact import CompactLayer, Slot
-from sparse_bwd.nn.index import beside
+from sparse_bwd.nn.compact import CompactLayer
+from sparse_bwd.nn.slot import Slot
 
 
 class SparseLayer(CompactLayer):
@@ -89,7 +89,7 @@ def place_selection(
         dim, groups: where the slices of a channel live in the weight; see `Slot`.
     """
     full = layer._full("weight")
-    layer_index = None if chosen is None else chosen.to(beside(full.device))
+    layer_index = layer.own_index(chosen, full.device)
     # An index of all channels is no gather at all.
     index = None if chosen is not None and chosen.numel() == layer.num_channels(axis) else layer_index
     slots: dict[str, Slot] = {}

@@ -107,6 +107,11 @@ def known(x: Tensor) -> bool:
     return x.dtype in TYPES[x.device.type]
 
 
+def traced(x: Tensor) -> bool:
+    """Whether torch.compile is tracing, for tensors that the native library of the CPU will serve in the graph."""
+    return torch.compiler.is_compiling() and x.is_cpu and not _missing["cpu"] and _forced in (None, "native")
+
+
 def direct(x: Tensor) -> bool:
     """Whether nobody watches or traces operators now, so that a native one may do the work of several of ours on x."""
     return (

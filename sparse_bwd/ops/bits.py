@@ -30,10 +30,10 @@ def pack(flags: Tensor, out: Tensor) -> None:
         out[whole:].copy_((tail.view(torch.int64) * _GATHER) >> 56)
 
 
-def _table() -> Tensor:
+def _table(device: torch.device | None = None) -> Tensor:
     """The eight flag bytes of each packed byte, as one 64-bit word: int64 [256]."""
-    byte = torch.arange(256, dtype=torch.uint8)[:, None]
-    flags = (byte >> torch.arange(8, dtype=torch.uint8)) & 1
+    byte = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
+    flags = (byte >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
     return flags.view(torch.int64).flatten()
 
 
@@ -44,5 +44,7 @@ _TABLE = _table()
 
 def unpack(packed: Tensor, count: int) -> Tensor:
     """The first `count` flags of `packed` (uint8) as a 1-d bool tensor."""
-    words = _TABLE.to(packed.device).index_select(0, packed.to(torch.int32))
+    # On other devices it is made there: a CUDA graph can record no copy from the host.
+    table = _TABLE if packed.is_cpu else _table(packed.device)
+    words = table.index_select(0, packed.to(torch.int32))
     return words.view(torch.bool)[:count]

@@ -68,6 +68,15 @@ def make_plan(index: Tensor | None, axis: str, c_in: int, c_out: int, groups: in
     return Plan(index, None if identity else positions, rows, pick, len(touched))
 
 
+def groups_of(x: Tensor, dy: Tensor, rows: Tensor | None, size: Sequence[int], regroup: bool) -> int:
+    """Groups of the small convolution, from the kept input and the shape of dw: those that a channel is selected in.
+
+    Not from the plan, since torch.compile would take the number there as a constant.
+    """
+    channels = x.shape[1] if not regroup else dy.shape[1] if rows is None else rows.shape[0]
+    return channels // size[1]
+
+
 def kept_input(x: Tensor, keep: Tensor | None) -> Tensor:
     """What backward needs of the input [N, C_in, H, W]: x itself, or a new tensor of the channels `keep`."""
     return x if keep is None else take_channels(x, keep)
@@ -164,7 +173,7 @@ def _fake(x, dy, spread, rows, pick, size, stride, padding, padding_mode, dilati
 
 conv2d_dw = register(
     "conv2d_dw(Tensor x, Tensor dy, Tensor? spread, Tensor? rows, Tensor? pick, SymInt[] size, int[] stride, "
-    "int[] padding, str padding_mode, int[] dilation, int groups, bool regroup) -> Tensor",
+    "int[] padding, str padding_mode, int[] dilation, SymInt groups, bool regroup) -> Tensor",
     conv2d_dw_plain,
     _fake,
     conv2d_dw_native,

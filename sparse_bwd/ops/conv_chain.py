@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from sparse_bwd.ops.affine_act import CODES
-from sparse_bwd.ops.backend import NATIVE, direct, missing, native, simulates
+from sparse_bwd.ops.backend import NATIVE, direct, missing, native, simulates, traced
 from sparse_bwd.ops.bits import packed_size
 from sparse_bwd.ops.layout import is_channels_last
 from sparse_bwd.ops.padding import Geometry
 
 # What a gradient is asked for.
 DW, DB, DSHIFT, DX = 1, 2, 4, 8
-_NUMBERS = (
-    13  # of a layer: geometry, groups, groups of dw, activation, whether channels are chosen, what is wanted
-)
+_NUMBERS = 12  # of a layer: geometry, groups, activation, whether channels are chosen, what is wanted
 
 
 class Block(NamedTuple):
@@ -40,7 +38,7 @@ class Block(NamedTuple):
 def serves(x: Tensor) -> bool:
     """Whether the native library may run layers on x as a block, as far as x is concerned."""
     if (
-        not (direct(x) or simulates(x))
+        not (direct(x) or simulates(x) or traced(x))
         or x.dim() != 4
         or x.numel() == 0
         or x.dtype not in (torch.float32, torch.bfloat16)
@@ -49,10 +47,10 @@ def serves(x: Tensor) -> bool:
     return x.is_contiguous() or is_channels_last(x)
 
 
-def geometry_numbers(geometry: Geometry, kernel: tuple[int, ...], groups: int) -> tuple[int, ...]:
-    """What the native operators know of a convolution; `groups` are those of its weight gradient."""
+def geometry_numbers(geometry: Geometry, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """What the native operators know of a convolution."""
     g = geometry
-    return (*g.stride, *g.inner_padding, *g.dilation, *kernel, g.groups, groups)
+    return (*g.stride, *g.inner_padding, *g.dilation, *kernel, g.groups)
 
 
 def activation_code(act: tuple[str, float, float] | None) -> int:
@@ -67,7 +65,7 @@ def runs_channels_last(x: Tensor, weight: Tensor) -> bool:
 
 def conv_chain(x: Tensor, block: Block, channels_last: bool) -> list[Tensor]:
     """y [N, C_out, OH, OW] of the last layer, then what backward needs beside the arguments."""
-    result: list[Tensor] = native("conv_chain")(x, block.tensors, block.numbers, block.values, channels_last)
+    result: list[Tensor] = _forward(x, block.tensors, block.numbers, block.values, channels_last)
     return result
 
 
@@ -86,9 +84,7 @@ def conv_chain_dx(
         made: what `conv_chain` returned after y.
         size: height and width of the first layer's input.
     """
-    result: list[Tensor] = native("conv_chain_dx")(
-        dy, tensors, made, block.numbers, block.values, size, channels_last
-    )
+    result: list[Tensor] = _backward(dy, tensors, made, block.numbers, block.values, size, channels_last)
     return result
 
 
@@ -116,8 +112,8 @@ class _Layer(NamedTuple):
 def _layers(numbers: list[int]) -> Iterator[_Layer]:
     for start in range(0, len(numbers), _NUMBERS):
         n = numbers[start : start + _NUMBERS]
-        flags = n[12] != 0 and n[10] > 0
-        yield _Layer(n[0:2], n[2:4], n[4:6], n[6:8], n[8] > 1, flags, bool(n[11]), n[12])
+        flags = n[11] != 0 and n[9] > 0
+        yield _Layer(n[0:2], n[2:4], n[4:6], n[6:8], n[8] > 1, flags, bool(n[10]), n[11])
 
 
 def _image(like: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
@@ -171,5 +167,7 @@ def _fake_dx(dy, tensors, made, numbers, values, size, channels_last):  # type: 
 
 
 if not missing("cpu"):
+    # Once, for torch.compile follows no cache.
+    _forward, _backward = native("conv_chain"), native("conv_chain_dx")
     torch.library.register_fake(f"{NATIVE}::conv_chain", _fake)
     torch.library.register_fake(f"{NATIVE}::conv_chain_dx", _fake_dx)

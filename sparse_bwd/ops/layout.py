@@ -30,6 +30,9 @@ def flat(x: Tensor) -> Tensor:
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether channels are the fastest dimension of the 4-d tensor x (and NCHW order does not hold as well)."""
+    if x.dim() == 4 and isinstance(x.shape[1], torch.SymInt):
+        # Chosen channels under torch.compile, as `take_channels` made them: their number, unknown, cannot be compared.
+        return bool(x.stride(1) == 1 and x.shape[2] * x.shape[3] != 1)
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bwd.nn import CompactLayer, ShiftedNorm, SparseLayer, layers, norms
-from sparse_bwd.nn.compact import TRAINABLE, Slot
+from sparse_bwd.nn.slot import TRAINABLE, Slot
+from sparse_bwd.selection.compile_limit import warn_at_limit
 from sparse_bwd.selection.selection import Channels, Selection
 
 GroupOf = Callable[[str, nn.Parameter], int]
@@ -55,6 +56,7 @@ def apply(
     finally:
         if groups is not None:
             groups.close()
+    warn_at_limit(model, compact)
 
 
 def _select(layer: CompactLayer, channels: Channels | None) -> None:

@@ -82,6 +82,36 @@ class CostTable:
             }
         )
 
+    def within(self, order: Tensor, kept: Tensor) -> Tensor:
+        """Rows of the layers that `kept` has rows of, such that any prefix past the first ones opens the same layers.
+
+        First the best row of each such layer, or all of them where `kept` has all, then the others in their order but
+        the last of each layer, which would train it whole.
+
+        Args:
+            order: rows, best first.
+            kept: rows.
+        """
+        now = torch.bincount(self.layer[kept], minlength=len(self.sizes))
+        order = order[now[self.layer[order]] > 0]
+        layer = self.layer[order]
+        rank = torch.empty(len(order), dtype=torch.int64)  # of each row within its layer
+        for i in now.nonzero().flatten().tolist():
+            mine = (layer == i).nonzero().flatten()
+            rank[mine] = torch.arange(len(mine))
+        whole = now == self._counts
+        must = (rank == 0) | whole[layer]
+        may = ~must & (rank < self._counts[layer] - 1)
+        return torch.cat([order[must], order[may]])
+
+    def rows(self, selection: Selection) -> Tensor:
+        """The rows that a selection trains, in order; the inverse of `selection`."""
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        for name, part in zip(self.names, chosen.split(self.sizes), strict=True):
+            if (channels := selection.get(name)) is not None:
+                part[slice(None) if channels.index is None else channels.index] = True
+        return chosen.nonzero().flatten()
+
     def gather(self, values: Mapping[str, Tensor]) -> Tensor:
         """One value per row from `values`: name -> [channels]."""
         return torch.cat([values[name] for name in self.names])

@@ -50,6 +50,7 @@ class RandomPolicy(BudgetPolicy):
     Args:
         redraw: draw again at every step, or keep the first draw.
         parity: spend the budget as the paper's code did (`sparse_bwd.selection.parity`); axis "out", weights only.
+        keep_layers: draw within the layers of the first draw; as in `BudgetPolicy`.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class RandomPolicy(BudgetPolicy):
         seed: int = 0,
         bias: str = "selected",
         parity: bool = False,
+        keep_layers: bool = False,
     ) -> None:
-        super().__init__(model, budget, axis, bias, seed, parity)
+        super().__init__(model, budget, axis, bias, seed, parity, keep_layers)
         self.redraw = bool(redraw)
 
     def _choose(self) -> Selection:
@@ -108,6 +110,7 @@ class VelocityPolicy(BudgetPolicy):
             (benchmarks/results/velocity.md). Either way the recursion keeps 24 bytes more per channel.
         storage: dtype of what is kept; None: float32 (exact) or float16 (sketch).
         numbers: per channel, of "sketch".
+        keep_layers: select within the layers of the first selection; as in `BudgetPolicy`.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class VelocityPolicy(BudgetPolicy):
         storage: torch.dtype | None = None,
         measure: str = "sketch",
         numbers: int = NUMBERS,
+        keep_layers: bool = False,
     ) -> None:
         if order not in ("fastest", "slowest"):
             raise ValueError(f"order is {order!r}; it must be 'fastest' or 'slowest'.")
@@ -133,7 +137,7 @@ class VelocityPolicy(BudgetPolicy):
         self.probe = check_probe(probe)
         self._measured_by = (axis, measure, storage, numbers)
         self._responses: int | None = None  # bytes, once they are known
-        super().__init__(model, budget, axis, bias, seed, parity)
+        super().__init__(model, budget, axis, bias, seed, parity, keep_layers)
         self.order = order
         self.velocity = Velocity(len(self.table), recursion, mu)
         self.first = self._read_first(first)
@@ -174,6 +178,9 @@ class VelocityPolicy(BudgetPolicy):
         if self.steps == 0:
             return self._choose_first()
         speed = self.velocity.update(phi).abs()
+        if self.keep_layers:
+            score = speed if self.limits is not None else speed / self.table.cost
+            return self._take(torch.sort(score, descending=self.order == "fastest", stable=True).indices)
         if self.limits is not None:
             limits, score = self.limits, speed.max() - speed if self.order == "slowest" else speed
             order = torch.sort(score, descending=True, stable=True).indices

@@ -216,13 +216,23 @@ class BudgetPolicy(Policy):
             both): no step of training takes more, by prediction; too little for a single channel is a ValueError.
         seed: of the generator (on the CPU, independent of torch's global one).
         parity: spend a budget of weights as the paper's code did (`sparse_bwd.selection.parity`).
+        keep_layers: from the second selection on train channels of the same layers as in the first, at least one of
+            each, so that a compiled step is compiled once. Layers that the first trains whole stay whole. A first
+            selection beyond the budget (`first="full"`) counts for none.
     """
 
     budget: int | None  # weights
     limits: Limits | None  # of bytes and operations
 
     def __init__(
-        self, model: nn.Module, budget: Budget, axis: str, bias: str, seed: int, parity: bool = False
+        self,
+        model: nn.Module,
+        budget: Budget,
+        axis: str,
+        bias: str,
+        seed: int,
+        parity: bool = False,
+        keep_layers: bool = False,
     ) -> None:
         if not isinstance(budget, Budget):
             raise TypeError(
@@ -230,8 +240,12 @@ class BudgetPolicy(Policy):
             )
         if parity:
             check_parity(axis, budget)
+            if keep_layers:
+                raise ValueError(
+                    "parity=True drops channels that tie, and with them layers; leave out parity or keep_layers."
+                )
         super().__init__(model, axis, bias)
-        self.parity = bool(parity)
+        self.parity, self.keep_layers = bool(parity), bool(keep_layers)
         # What a channel counts against the budget; only parity with the paper's code makes it another than it costs.
         self.cost = code_cost(model, self.table) if parity else self.table.cost
         self.generator = torch.Generator().manual_seed(seed)
@@ -263,6 +277,10 @@ class BudgetPolicy(Policy):
         A budget of weights ends at the first row that it does not pay for. One of bytes or operations, under which a
         channel costs more where its layer has to be opened for it, passes over what no longer fits.
         """
+        if self.keep_layers and self.selection is not None:
+            kept = self.table.rows(self.selection)
+            if self.budget is None or int(self.table.cost[kept].sum()) <= self.budget:
+                order = self.table.within(order, kept)
         if self.limits is None:
             assert self.budget is not None
             if self.parity:
@@ -296,13 +314,21 @@ class BudgetPolicy(Policy):
         limits = (
             {} if self.limits is None else {"limits": self.limits.state_dict(), "need": asdict(self.need)}
         )
-        own = {"generator": self.generator.get_state(), "parity": self.parity}
+        own = {
+            "generator": self.generator.get_state(),
+            "parity": self.parity,
+            "keep_layers": self.keep_layers,
+        }
         return {**super().state_dict(), **own, **limits}
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         super()._check_state(state)
         if state.get("parity", False) != self.parity:
             raise ValueError(f"The saved policy has parity {state['parity']!r}, this one {self.parity!r}.")
+        if bool(state.get("keep_layers")) != self.keep_layers:
+            raise ValueError(
+                f"The saved policy has keep_layers {bool(state.get('keep_layers'))}, this one {self.keep_layers}."
+            )
         if (self.limits is None) != ("limits" not in state):
             raise ValueError("Of the saved policy and this one only one has a budget of bytes or operations.")
         if self.limits is not None:

@@ -48,6 +48,7 @@ class RankedPolicy(BudgetPolicy):
         model, budget, axis, bias: as in `BudgetPolicy`.
         order: "largest" or "smallest" scores first; equal ones in the order of layers and channels.
         refresh: score again at every step, or keep the first selection.
+        keep_layers: select within the layers of the first selection; as in `BudgetPolicy`.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class RankedPolicy(BudgetPolicy):
         order: str = "largest",
         refresh: bool = True,
         bias: str = "selected",
+        keep_layers: bool = False,
     ) -> None:
-        super().__init__(model, budget, axis, bias, seed=0)
+        super().__init__(model, budget, axis, bias, seed=0, keep_layers=keep_layers)
         self.order, self.refresh = check_word("order", order, ORDERS), bool(refresh)
 
     @abstractmethod
@@ -98,7 +100,7 @@ class GradientNormPolicy(RankedPolicy):
     Args:
         data, loss_fn, mode: what the gradient is of; see `GradientMeter`. In a resumed run they must be the same.
         score: "per_weight", "norm" or "relative"; the module docstring has the formulas.
-        order, refresh: as in `RankedPolicy`.
+        order, refresh, keep_layers: as in `RankedPolicy`.
     """
 
     def __init__(
@@ -113,8 +115,9 @@ class GradientNormPolicy(RankedPolicy):
         refresh: bool = True,
         bias: str = "selected",
         mode: str = "eval",
+        keep_layers: bool = False,
     ) -> None:
-        super().__init__(model, budget, axis, order, refresh, bias)
+        super().__init__(model, budget, axis, order, refresh, bias, keep_layers)
         self.score = check_word("score", score, ("norm", "per_weight", "relative"))
         self.meter = GradientMeter(data, loss_fn, mode)
 
@@ -136,7 +139,7 @@ class WeightNormPolicy(RankedPolicy):
 
     Args:
         score: "norm" or "per_weight"; the module docstring has the formulas.
-        order, refresh: as in `RankedPolicy`.
+        order, refresh, keep_layers: as in `RankedPolicy`.
     """
 
     def __init__(
@@ -148,8 +151,9 @@ class WeightNormPolicy(RankedPolicy):
         order: str = "largest",
         refresh: bool = True,
         bias: str = "selected",
+        keep_layers: bool = False,
     ) -> None:
-        super().__init__(model, budget, axis, order, refresh, bias)
+        super().__init__(model, budget, axis, order, refresh, bias, keep_layers)
         self.score = check_word("score", score, ("norm", "per_weight"))
 
     def _score(self) -> Tensor:

@@ -34,6 +34,7 @@ class TraDyPolicy(BudgetPolicy):
             task, so that those of another run, its `policy.top_layers`, will do.
         redraw: draw again at every step (the paper's D-), or keep the first draw (S-).
         seed: of the draw.
+        keep_layers: draw within the layers of the first draw; as in `BudgetPolicy`.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class TraDyPolicy(BudgetPolicy):
         seed: int = 0,
         bias: str = "selected",
         mode: str = "eval",
+        keep_layers: bool = False,
     ) -> None:
-        super().__init__(model, budget, axis, bias, seed)
+        super().__init__(model, budget, axis, bias, seed, keep_layers=keep_layers)
         if not 0 < share <= 1:
             raise ValueError(f"share is {share!r}; it must be above 0 and at most 1.")
         if (data is None) == (top_layers is None):

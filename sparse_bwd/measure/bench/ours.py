@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import sparse_bwd as sb
@@ -41,6 +42,16 @@ def ours(asked: Asked, case: Case, layout: str) -> Made:
     return finish(asked, model, layout, extra)
 
 
+def compiled(asked: Asked, case: Case, layout: str) -> Made:
+    """Channels drawn at random, and the network through torch.compile as one graph."""
+    model = converted(asked, layout)
+    variant = _variant(asked, model, layout)
+    sb.RandomPolicy(model, _budget(asked, case, variant), seed=asked.seed).step()
+    variant = _variant(asked, model, layout)
+    step = step_of(asked, variant, torch.compile(model, fullgraph=True))
+    return Made(step, pairs_of(model), selected(model), hidden=True)
+
+
 def finish(asked: Asked, model: nn.Module, layout: str, extra: dict[str, Any] | None = None) -> Made:
     """A step of a converted network whose selection is applied."""
     variant = _variant(asked, model, layout)
@@ -60,14 +71,18 @@ def _policy(asked: Asked, case: Case, model: nn.Module, variant: Variant) -> Pol
         return sb.FrozenPolicy(model, axis=axis)
     if case.policy == "sparse-update":
         return sb.SparseUpdatePolicy(model, "mbv2-1", axis=axis, seed=asked.seed)
-    given: dict[str, Any] = dict(amount(case.budget))
-    if {"bytes", "flops"} & set(given):
-        given |= {"batch": variant.x, "optimizer": asked.optimizer}
-    budget = sb.Budget(**given)
+    budget = _budget(asked, case, variant)
     if case.policy == "random":
         return sb.RandomPolicy(model, budget, axis=axis, seed=asked.seed)
     probe = noise_images(PROBE_IMAGES, asked.size, seed=asked.seed).to(asked.device)
     return sb.VelocityPolicy(model, budget, probe, axis=axis, seed=asked.seed)
+
+
+def _budget(asked: Asked, case: Case, variant: Variant) -> sb.Budget:
+    given: dict[str, Any] = dict(amount(case.budget))
+    if {"bytes", "flops"} & set(given):
+        given |= {"batch": variant.x, "optimizer": asked.optimizer}
+    return sb.Budget(**given)
 
 
 def _second_round(asked: Asked, policy: Policy, variant: Variant) -> float:

@@ -38,6 +38,7 @@ STRATEGIES: dict[str, Strategy] = {
     "checkpoint": Strategy("plain PyTorch, blocks computed again in backward", whole.checkpointed),
     "compile": Strategy("torch.compile of plain PyTorch", whole.compiled),
     "compile-lean": Strategy("the same with an activation memory budget of 0.5", whole.compiled_lean),
+    "compile-ours": Strategy("torch.compile of ours, random channels", ours.compiled, spends=True),
     "lora": Strategy(
         "peft's LoRA on convolutions and linear layers", adapters.lora, True, lambda: adapters.why_no("peft")
     ),
