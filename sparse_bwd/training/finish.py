@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import sparse_bwd as sb
+from sparse_bwd.files import write_json, write_safetensors
 from sparse_bwd.selection.flops import backward_flops
-from sparse_bwd.training.files import write_json, write_safetensors
 from sparse_bwd.training.loop import Trainer, selection_row
 from sparse_bwd.training.state import named_trainable
 
