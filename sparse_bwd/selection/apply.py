@@ -120,7 +120,8 @@ class _Groups:
         """Remove the gaps, and give new Parameters the momentum that fused SGD wants of all or none of a group."""
         for entries in self._lists:
             entries[:] = [parameter for parameter in entries if parameter is not None]
-        if not isinstance(self.optimizer, torch.optim.SGD):
+        # accelerate wraps the optimizer that it prepares.
+        if not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), torch.optim.SGD):
             return
         state, groups = self.optimizer.state, self.optimizer.param_groups
         mixed = [
