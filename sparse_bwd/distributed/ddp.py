@@ -1,9 +1,9 @@
 """DistributedDataParallel that follows the selection.
 
 DDP makes its reducer, with the buckets in which gradients are averaged, when it wraps a model. A selection replaces
-compact Parameters: the reducer would wait for gradients of the old ones and leave the new ones different on every rank,
-without a word. `follow` makes a new reducer before the first forward that finds other Parameters; nothing but its
-buckets is allocated, no weight travels.
+compact Parameters: the reducer would wait for the old ones in vain, which is an error, or, with
+find_unused_parameters=True, leave the new ones to drift apart without a word. `follow` makes a new reducer before the
+first forward that finds other Parameters; nothing but its buckets is allocated, and no weight travels.
 
 Traffic of a step: the compact gradients, once; and with broadcast_buffers=True (DDP's default) the buffers, which norms
 on running statistics never change.

@@ -17,6 +17,7 @@ from sparse_bwd.selection.budget import GIGA, MIB, Budget
 from sparse_bwd.selection.costs import cost_table, prefix_length
 from sparse_bwd.selection.limits import Choose, Limits, Need
 from sparse_bwd.selection.parity import check_parity, code_cost, layer_order_prefix
+from sparse_bwd.selection.ranks import of_first_rank
 from sparse_bwd.selection.selection import BIAS_MODES, Selection
 
 STATE_VERSION = 1
@@ -102,7 +103,7 @@ class Policy(ABC):
         return self.table.nbytes
 
     def step(self, optimizer: torch.optim.Optimizer | None = None, group: GroupOf | None = None) -> Selection:
-        """Choose the next selection, apply it to the model and return it.
+        """Choose the next selection, apply it to the model and return it. With torch.distributed all ranks call it.
 
         Call it between optimizer steps. With `optimizer`, its param groups and the state of channels that stay selected
         are carried over; without, make the optimizer afterwards. Gradients that no step has used are refused before
@@ -110,7 +111,7 @@ class Policy(ABC):
         """
         self._check_model()
         refuse_pending({**layers(self.model), **norms(self.model)})
-        selection = self._choose()
+        selection = of_first_rank(self._choose())
         apply(self.model, selection, optimizer, group)
         self.selection, self.steps = selection, self.steps + 1
         self.report = self._report(selection)
