@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparse_bwd.nn import BatchNorm2d, CompactLayer, SparseConv2d, SparseLinear, layers, norms
 from sparse_bwd.nn.compact import TRAINABLE, Slot
+from sparse_bwd.nn.shards import gathered, is_sharded, placed_like
 from sparse_bwd.selection.selection import Channels, Selection
 
 GroupOf = Callable[[str, nn.Parameter], int]
@@ -75,11 +76,16 @@ def refuse_pending(compact: dict[str, CompactLayer]) -> None:
     for name, layer in compact.items():
         for trainable in TRAINABLE.values():
             parameter = layer._parameters[trainable]
-            if parameter is not None and parameter.grad is not None and bool(parameter.grad.any()):
+            if parameter is not None and parameter.grad is not None and _any(parameter.grad):
                 raise ValueError(
                     f"{name}.{trainable} holds a gradient that no optimizer step has cleared; select between steps: "
                     "call optimizer.step() and optimizer.zero_grad() first."
                 )
+
+
+def _any(gradient: Tensor) -> bool:
+    """Whether a gradient, which may be sharded, is anywhere other than zero."""
+    return bool(gathered(gradient).any())
 
 
 class _Groups:
@@ -207,8 +213,10 @@ def _carry(
         ):
             carried[key] = value
         elif value.shape == old.shape:
-            fresh = torch.zeros_like(new, dtype=value.dtype)
-            carried[key] = fresh.index_copy_(dim, target, value.index_select(dim, source))
+            fresh = torch.zeros(new.shape, dtype=value.dtype, device=new.device)
+            fresh = fresh if is_sharded(new) else torch.zeros_like(new, dtype=value.dtype)
+            fresh.index_copy_(dim, target, gathered(value).index_select(dim, source))
+            carried[key] = placed_like(fresh, new) if is_sharded(new) else fresh
         else:
             warnings.warn(
                 f"The optimizer state '{key}' of {what} has shape {tuple(value.shape)}, which does not follow the "

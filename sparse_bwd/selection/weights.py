@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bwd.nn import SparseConv2d, SparseLinear
+from sparse_bwd.nn.shards import gathered
 from sparse_bwd.selection.responses import similarity
 
 Layer = SparseConv2d | SparseLinear
@@ -41,7 +42,7 @@ def channel_norms(values: Tensor, groups: int, axis: str) -> Tensor:
 
 def weight_norms(layer: Layer, axis: str) -> Tensor:
     """L2 norm of every channel of a layer's weight, float64 [C] on the CPU."""
-    return channel_norms(layer.weight.detach(), groups_of(layer), axis).cpu().double()
+    return channel_norms(gathered(layer.weight.detach()), groups_of(layer), axis).cpu().double()
 
 
 def _grouped(values: Tensor, groups: int) -> Tensor:
@@ -69,7 +70,7 @@ class WeightMeter:
     ) -> dict[str, Tensor]:
         """phi of every layer's channels (float64 [C], on the CPU); `model` and `probe` are not looked at."""
         phi = {}
-        now = {name: layer.weight.detach() for name, (layer, _) in channels.items()}
+        now = {name: gathered(layer.weight.detach()) for name, (layer, _) in channels.items()}
         for name, (layer, count) in channels.items():
             kept = self.kept.get(name)
             if kept is None:
