@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import sparse_bwd as sb
 from sparse_bwd.distributed import shard
@@ -58,7 +59,8 @@ def optimizer_of(kind: str, net: nn.Module) -> torch.optim.Optimizer:
 
 def step(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world: int, seed: int) -> None:
     x, y = images(seed)
-    nn.functional.cross_entropy(net(x[rank::world]), y[rank::world]).backward()
+    share = len(y[rank::world]) * world / IMAGES  # 3, 3 and 2 of 8 images
+    (nn.functional.cross_entropy(net(x[rank::world]), y[rank::world]) * share).backward()
     nn.utils.clip_grad_norm_(sb.trainable_parameters(net), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -180,6 +182,28 @@ def chosen_by(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
+def mixed(rank: int, world: int) -> dict[str, Any]:
+    """Two steps in bfloat16 with parameters kept in float32."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    sb.convert(net, always_train=[])
+    sb.apply(net, {"0": sb.Channels([1, 2, 7], "out"), "2": sb.Channels([3, 5], "in")})
+    if world > 1:
+        shard(net, [net[0]], mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    optimizer = optimizer_of("SGD", net)
+    for seed in range(2):
+        x, y = torch.randn(IMAGES, 6, generator=torch.Generator().manual_seed(seed)), torch.arange(IMAGES) % 4
+        nn.functional.cross_entropy(net(x[rank::world]).float(), y[rank::world]).backward()
+        assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in sb.trainable_parameters(net))
+        optimizer.step()
+        optimizer.zero_grad()
+    same = []
+    for layer in sb.layers(net).values():
+        rows = gathered(layer.weight).index_select(0 if layer.axis == "out" else 1, layer.channels)
+        same.append(torch.equal(rows, gathered(layer.trainable_weight)))
+    return {"state": whole(net.state_dict()), "same": same}
+
+
 def main(out: Path, folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -190,6 +214,7 @@ def main(out: Path, folder: Path) -> None:
         found["current"] = shards_are_current(rank, world)
         found["save"] = save(rank, world, folder)
         found["export"] = export(rank, world)
+        found["mixed"] = mixed(rank, world)
         found["policies"] = chosen_by(rank, world)
         found["load"] = load(rank, world, folder)
     torch.save(found, out / f"{rank}.pt")

@@ -11,7 +11,7 @@ from torch import nn
 
 import sparse_bwd as sb
 from sparse_bwd.distributed import shard
-from tests.fsdp_program import CASES, chosen_by, network, train
+from tests.fsdp_program import CASES, chosen_by, mixed, network, train
 from tests.torchrun import run
 
 PROGRAM = ["-m", "tests.fsdp_program"]
@@ -85,6 +85,15 @@ def test_policies_choose_on_a_sharded_network_as_on_a_whole_one(two: Results) ->
         assert "this model is sharded; select before shard()" in found.pop("gradient")
         assert_close(alone["state"], found.pop("state"))
         assert found == {name: value for name, value in alone.items() if name != "state"}
+
+
+def test_mixed_precision_rounds_no_parameter(two: Results) -> None:
+    alone = mixed(0, 1)
+    for ranks in two:
+        assert ranks["mixed"]["same"] == alone["same"] == [True, True]
+        for name, value in alone["state"].items():
+            assert ranks["mixed"]["state"][name].dtype is torch.float32
+            torch.testing.assert_close(ranks["mixed"]["state"][name], value, rtol=0.02, atol=0.01)
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import sparse_bwd as sb
 from sparse_bwd.selection.policy import Policy
+from tests.torchrun import run
 
 transformers = pytest.importorskip("transformers")
 from sparse_bwd.training.hugging_face import FILE, PolicyCallback  # noqa: E402
@@ -225,3 +226,16 @@ def test_the_page_on_trainers_runs(tmp_path: Path) -> None:
     for block in blocks:
         exec(compile(block, "docs/trainers.md", "exec"), space)
     assert space["policy"].steps == 3 and all(bool(p.isfinite().all()) for p in torch_net.parameters())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("program", ["hugging_face", "lightning"])
+def test_trainers_on_two_processes(tmp_path: Path, program: str) -> None:
+    """All ranks select the same and end with the same weights."""
+    done = run(2, ["-m", "tests.trainers_program", program, str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one["chosen"] == two["chosen"] and len({str(chosen) for chosen in one["chosen"]}) > 1
+    for name, value in one["state"].items():
+        assert torch.equal(two["state"][name], value), name
+    assert len(one["history"]) == 3

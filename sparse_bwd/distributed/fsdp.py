@@ -101,7 +101,8 @@ class _Gather:
                 layer._record([name])
                 self._kept.append((layer, TRAINABLE[name], part))
                 # What the layer reads in forward need not be a Parameter; `after` puts that back.
-                layer._parameters[TRAINABLE[name]] = values  # type: ignore[assignment]
+                cast = values if self.dtype is None else values.to(self.dtype)
+                layer._parameters[TRAINABLE[name]] = cast  # type: ignore[assignment]
 
     def _gathered(self, part: Any) -> Tensor:
         """All slices, whose gradients are averaged over the mesh and scattered."""
@@ -111,7 +112,7 @@ class _Gather:
         values: Tensor = part.full_tensor(grad_placements=[Partial()] * mesh.ndim)
         if values.requires_grad:
             values.register_hook(lambda gradient: gradient / mesh.size())
-        return values if self.dtype is None else values.to(self.dtype)
+        return values
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         """Give the layers their own Parameters back."""

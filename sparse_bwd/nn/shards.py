@@ -81,6 +81,8 @@ def synchronise_shards(layer: Any, name: str, full: Tensor, part: Tensor, slot: 
         raise RuntimeError(
             f"A {type(layer).__name__} of a sharded model was called by itself; call the model that shard() was given."
         )
+    if not is_sharded(part):  # in the model's forward, which began with bringing the shards up to date
+        return
     with torch.no_grad():
         write_shards(full, gathered(part), slot)
     layer._record([name])

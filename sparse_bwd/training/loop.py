@@ -207,6 +207,8 @@ class Trainer:
     def _finish_epoch(self, display: Display) -> None:
         """Evaluates, logs, selects for the next epoch and writes a checkpoint."""
         self.seen = self._together(self.seen)
+        if self.recipe.batch_norm == "train":
+            self.ranks.take_buffers(self.model)
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "train_loss": self.seen.loss,

@@ -62,6 +62,12 @@ class Ranks:
         """Until all ranks are here."""
         self.highest(0)
 
+    def take_buffers(self, model: nn.Module) -> None:
+        """Give all ranks rank 0's statistics of norms, which the checkpoint will hold."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
     def share(self, items: Sequence[Any]) -> list[Any]:
         """This rank's part of what all ranks do together."""
         return list(items[self.rank :: self.world])
@@ -91,6 +97,10 @@ def joined(runtime: Runtime) -> Iterator[tuple[Ranks, Runtime]]:
     if world == 1 or not dist.is_available():
         yield Ranks(), runtime
         return
+    if dist.is_initialized():
+        raise UserError(
+            "A run joins its processes itself: call it before torch.distributed.init_process_group()."
+        )
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = runtime.device.startswith("cuda")
     device = f"cuda:{local}" if on_gpu else "cpu"
