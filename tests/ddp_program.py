@@ -1,9 +1,7 @@
 """What every rank of tests/test_ddp.py runs; alone, with `train(0, 1)`, the same training on one process."""
 
 # DDP looks at the annotations of communication hooks, which must not be strings: no `from __future__` here.
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,17 +109,9 @@ def accumulate(rank: int, world: int) -> torch.Tensor:
     return gradient.clone()
 
 
-def main(out: Path) -> None:
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    torch.set_num_threads(1)
+def everything(rank: int, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {kind: train(rank, world, kind) for kind in POLICIES}
     found["unfollowed"] = train(rank, world, following=False)
     found["accumulated"] = accumulate(rank, world)
     found["file"] = sb.save_trained(DistributedDataParallel(network()), None, network().state_dict()).nbytes
-    torch.save(found, out / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return found

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -204,22 +202,12 @@ def mixed(rank: int, world: int) -> dict[str, Any]:
     return {"state": whole(net.state_dict()), "same": same}
 
 
-def main(out: Path, folder: Path) -> None:
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {"load": load(rank, world, folder)} if (folder / "policy.pt").exists() else {}
-    if not found:
-        found = {case: train(rank, world, case) for case in CASES}
-        found["current"] = shards_are_current(rank, world)
-        found["save"] = save(rank, world, folder)
-        found["export"] = export(rank, world)
-        found["mixed"] = mixed(rank, world)
-        found["policies"] = chosen_by(rank, world)
-        found["load"] = load(rank, world, folder)
-    torch.save(found, out / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+def everything(rank: int, world: int, checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {case: train(rank, world, case) for case in CASES}
+    found["current"] = shards_are_current(rank, world)
+    found["save"] = save(rank, world, checkpoint)
+    found["export"] = export(rank, world)
+    found["mixed"] = mixed(rank, world)
+    found["policies"] = chosen_by(rank, world)
+    found["load"] = load(rank, world, checkpoint)
+    return found

@@ -16,23 +16,15 @@ import sparse_bwd as sb
 from sparse_bwd.distributed import follow
 from sparse_bwd.selection.ranks import mean_over_ranks
 from tests.ddp_program import BATCHES, EPOCHS, POLICIES, accumulate, network, train
-from tests.torchrun import ROOT, free_port, run, start
+from tests.torchrun import ROOT, found_by, free_port, results, start, two_processes
 
-PROGRAM = ["-m", "tests.ddp_program"]
 Results = list[dict[str, Any]]
-
-
-def results(out: Path, world: int) -> Results:
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What two processes found."""
-    out = tmp_path_factory.mktemp("two")
-    done = run(2, [*PROGRAM, str(out)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return results(out, 2)
+    return [ranks["ddp"] for ranks in two_processes(tmp_path_factory)[0]]
 
 
 def check(found: Results) -> None:
@@ -101,20 +93,19 @@ def test_one_process_needs_no_wrapper() -> None:
 
 @pytest.mark.long
 def test_four_processes(tmp_path: Path) -> None:
-    done = run(4, [*PROGRAM, str(tmp_path)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    check(results(tmp_path, 4))
+    check([ranks["ddp"] for ranks in found_by(4, "ddp", tmp_path / "four", tmp_path / "none")])
 
 
 @pytest.mark.long
 def test_two_nodes_that_meet(tmp_path: Path) -> None:
     """Two agents with two processes each, as on two machines."""
     port = free_port()
-    agents = [start(2, [*PROGRAM, str(tmp_path)], nodes=2, node=node, port=port) for node in range(2)]
+    program = ["-m", "tests.ranks_program", "ddp", str(tmp_path), str(tmp_path)]
+    agents = [start(2, program, nodes=2, node=node, port=port) for node in range(2)]
     for agent in agents:
         _, errors = agent.communicate(timeout=280)
         assert agent.returncode == 0, errors[-3000:]
-    check(results(tmp_path, 4))
+    check([ranks["ddp"] for ranks in results(tmp_path, 4)])
 
 
 def test_the_page_on_several_processes_runs() -> None:

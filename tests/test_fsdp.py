@@ -12,27 +12,15 @@ from torch import nn
 import sparse_bwd as sb
 from sparse_bwd.distributed import shard
 from tests.fsdp_program import CASES, chosen_by, mixed, network, train
-from tests.torchrun import run
+from tests.torchrun import found_by, two_processes
 
-PROGRAM = ["-m", "tests.fsdp_program"]
 Results = list[dict[str, Any]]
 
 
-def go(processes: int, out: Path, checkpoint: Path) -> Results:
-    done = run(processes, [*PROGRAM, str(out), str(checkpoint)])
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoint")
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Results:
+def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What two processes found."""
-    return go(2, tmp_path_factory.mktemp("two"), checkpoint)
+    return [ranks["fsdp"] for ranks in two_processes(tmp_path_factory)[0]]
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -104,16 +92,18 @@ def test_what_cannot_be_sharded_is_refused() -> None:
 
 
 @pytest.mark.long
-def test_a_checkpoint_of_two_goes_on_with_three(two: Results, checkpoint: Path, tmp_path: Path) -> None:
-    for ranks in go(3, tmp_path, checkpoint):
+def test_a_checkpoint_of_two_goes_on_with_three(
+    two: Results, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    checkpoint = two_processes(tmp_path_factory)[1]
+    for ranks in found_by(3, "load", tmp_path, checkpoint):
         assert_close(two[0]["save"]["state"], ranks["load"]["state"])
 
 
 @pytest.mark.long
 def test_four_processes(tmp_path: Path) -> None:
     """More processes than some layers have channels selected, so that some hold no rows."""
-    (tmp_path / "checkpoint").mkdir()
-    found = go(4, tmp_path, tmp_path / "checkpoint")
+    found = [ranks["fsdp"] for ranks in found_by(4, "fsdp", tmp_path, tmp_path / "checkpoint")]
     for case in CASES:
         alone = train(0, 1, case)
         for ranks in found:

@@ -6,7 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,3 +46,35 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return int(probe.getsockname()[1])
+
+
+def found_by(processes: int, part: str, out: Path, checkpoint: Path) -> list[dict[str, Any]]:
+    """What each rank of tests/ranks_program.py found."""
+    for folder in (out, checkpoint):
+        folder.mkdir(exist_ok=True)
+    done = run(processes, ["-m", "tests.ranks_program", part, str(out), str(checkpoint)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return results(out, processes)
+
+
+def results(out: Path, processes: int) -> list[dict[str, Any]]:
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def two_processes(factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    """What two processes found, and the checkpoint that they left; run once for all modules and workers of pytest."""
+    base = factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two-processes"
+    checkpoint = out.with_name("two-processes-checkpoint")
+    try:
+        out.mkdir()
+    except FileExistsError:
+        deadline = time.monotonic() + 240
+        while not (out / "done").exists():
+            assert time.monotonic() < deadline, "the processes that another worker started have not ended"
+            time.sleep(0.2)
+        return results(out, 2), checkpoint
+    try:
+        return found_by(2, "both", out, checkpoint), checkpoint
+    finally:
+        (out / "done").touch()
