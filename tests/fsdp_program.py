@@ -183,9 +183,9 @@ def chosen_by(rank: int, world: int) -> dict[str, Any]:
 def mixed(rank: int, world: int) -> dict[str, Any]:
     """Two steps in bfloat16 with parameters kept in float32."""
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 4))
     sb.convert(net, always_train=[])
-    sb.apply(net, {"0": sb.Channels([1, 2, 7], "out"), "2": sb.Channels([3, 5], "in")})
+    sb.apply(net, {"0": sb.Channels([1, 2, 7], "out"), "2": sb.Channels([3, 5], "in"), "3": None})
     if world > 1:
         shard(net, [net[0]], mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     optimizer = optimizer_of("SGD", net)
@@ -197,7 +197,9 @@ def mixed(rank: int, world: int) -> dict[str, Any]:
         optimizer.zero_grad()
     same = []
     for layer in sb.layers(net).values():
-        rows = gathered(layer.weight).index_select(0 if layer.axis == "out" else 1, layer.channels)
+        rows = gathered(layer.weight)
+        if layer.channels is not None:
+            rows = rows.index_select(0 if layer.axis == "out" else 1, layer.channels)
         same.append(torch.equal(rows, gathered(layer.trainable_weight)))
     return {"state": whole(net.state_dict()), "same": same}
 

@@ -78,10 +78,19 @@ def test_policies_choose_on_a_sharded_network_as_on_a_whole_one(two: Results) ->
 def test_mixed_precision_rounds_no_parameter(two: Results) -> None:
     alone = mixed(0, 1)
     for ranks in two:
-        assert ranks["mixed"]["same"] == alone["same"] == [True, True]
+        assert ranks["mixed"]["same"] == alone["same"] == [True, True, True]
         for name, value in alone["state"].items():
             assert ranks["mixed"]["state"][name].dtype is torch.float32
             torch.testing.assert_close(ranks["mixed"]["state"][name], value, rtol=0.02, atol=0.01)
+
+
+def test_a_failure_to_shard_leaves_the_model_as_it_was() -> None:
+    net = network()
+    sb.apply(net, {"0.0": [1]})
+    with pytest.raises(AttributeError, match="ndim"):
+        shard(net, mesh="none")  # no mesh
+    net(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert sb.layers(net)["0.0"].trainable_weight.grad is not None
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:

@@ -57,8 +57,13 @@ def shard(model: nn.Module, units: Iterable[nn.Module] = (), **options: Any) -> 
     compact = {
         p for layer in layers for name in TRAINABLE.values() if (p := layer._parameters[name]) is not None
     }
-    for unit in [*units, model]:
-        fully_shard(unit, ignored_params=compact, **options)
+    try:
+        for unit in [*units, model]:
+            fully_shard(unit, ignored_params=compact, **options)
+    except BaseException:
+        for layer in layers:
+            layer.__dict__.pop("_sharded", None)
+        raise
     for layer in layers:
         _shard_layer(layer)
     policy = options.get("mp_policy")
