@@ -22,13 +22,13 @@ from torch.nn import functional as F
 
 import sparse_bwd as sb
 from benchmarks.optimum import upper_bound
+from sparse_bwd.files import write_json
 from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.memory import held_between_steps, predict, step_peak
 from sparse_bwd.memory.predict import OPTIMIZERS
 from sparse_bwd.selection.charges import channel_costs
 from sparse_bwd.selection.costs import cost_table
 from sparse_bwd.selection.knapsack import Limit, solve
-from sparse_bwd.training.files import write_json
 
 Json = dict[str, Any]
 MIB = 2**20

@@ -28,10 +28,10 @@ from torch.nn import functional as F
 import sparse_bwd as sb
 from benchmarks import figures
 from benchmarks.digits import BATCH, Digits, digit_network
+from sparse_bwd.files import write_json
 from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.measure.timeline_figure import draw_timelines
 from sparse_bwd.selection import Policy, Scheme
-from sparse_bwd.training.files import write_json
 
 Json = dict[str, Any]
 MIB = 2**20

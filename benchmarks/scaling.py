@@ -35,9 +35,9 @@ from typing import Any
 import torch
 
 from benchmarks import scaling_plan, scaling_report, scaling_steps
+from sparse_bwd.files import write_json
 from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.ops import backend
-from sparse_bwd.training.files import write_json
 
 Json = dict[str, Any]
 

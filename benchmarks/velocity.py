@@ -27,6 +27,7 @@ import sparse_bwd as sb
 from benchmarks.images import unpack
 from benchmarks.velocity_meters import ProductMeter, SampledMeter
 from benchmarks.velocity_report import draw, page
+from sparse_bwd.files import write_json
 from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.selection.costs import CostTable, greedy_prefix
 from sparse_bwd.selection.probe import noise_images
@@ -34,7 +35,6 @@ from sparse_bwd.selection.responses import Meter, ResponseMeter
 from sparse_bwd.selection.sketch import SketchMeter
 from sparse_bwd.selection.velocity import Velocity
 from sparse_bwd.training import RunConfig, Runtime, configure, seeding
-from sparse_bwd.training.files import write_json
 from sparse_bwd.training.loader import stacked
 from sparse_bwd.training.prepare import Prepared, prepare
 

@@ -44,6 +44,7 @@ from sparse_bwd.selection import (
     WeightNormPolicy,
 )
 from sparse_bwd.selection.apply import apply
+from sparse_bwd.sharing import Trained, load_trained, merge_trained, save_trained
 from sparse_bwd.version import __version__
 
 __all__ = [
@@ -80,14 +81,18 @@ __all__ = [
     "SparseLinear",
     "SparseUpdatePolicy",
     "TraDyPolicy",
+    "Trained",
     "VelocityPolicy",
     "WeightNormPolicy",
     "__version__",
     "apply",
     "convert",
     "layers",
+    "load_trained",
     "memory",
+    "merge_trained",
     "norms",
     "restore",
+    "save_trained",
     "trainable_parameters",
 ]

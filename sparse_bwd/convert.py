@@ -112,8 +112,13 @@ _COMPACT_NAMES = tuple(TRAINABLE.values())
 def restore(model: nn.Module) -> nn.Module:
     """Turn the layers back into the stock ones, in place: same keys, order, dtype, device, layout and flags.
 
-    Trained entries hold their last values, all others are bit-identical to the original. Returns the model.
+    Trained entries hold their last values, all others are bit-identical to the original. Returns the model. ValueError
+    for one that is sharded by `sparse_bwd.distributed.shard`.
     """
+    if any(isinstance(module, CompactLayer) and module._sharded for module in model.modules()):
+        raise ValueError(
+            "This model is sharded; load its full state dict into a plain model instead (docs/distributed.md)."
+        )
     for module in list(model.modules()):
         if isinstance(module, attention.MultiheadAttention):
             module._strip()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparse_bwd.training import files
+from sparse_bwd import files
+from sparse_bwd.files import write_json, write_safetensors
 from sparse_bwd.training.checkpoint import load_checkpoint, save_checkpoint
 from sparse_bwd.training.errors import UserError, is_no_space
-from sparse_bwd.training.files import write_json, write_safetensors
 from sparse_bwd.training.log import JsonLog, read_log
 
 STATE: dict[str, Any] = {

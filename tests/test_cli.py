@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-import sparse_bwd.training.files as files
+import sparse_bwd.files as files
 from sparse_bwd.cli import app
 from sparse_bwd.training.log import JsonLog
 from tests.pictures import bomb, garbage, make_folder, truncated

@@ -12,6 +12,12 @@ def tiny(num_classes: int) -> nn.Module:
     )  # fmt: skip
 
 
+def still(num_classes: int) -> nn.Module:
+    """`tiny` without dropout, so that nothing in a step is random."""
+    layers = list(tiny(num_classes))
+    return nn.Sequential(*layers[:-2], layers[-1])
+
+
 def _block(c_in: int, c_out: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     convolution = nn.Conv2d(c_in, c_out, 3, stride, 1, groups=groups, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))

@@ -29,10 +29,10 @@ from benchmarks.accuracy.cells import MIB
 from benchmarks.accuracy.command import common_parser, find_data, find_weights, guarded
 from benchmarks.accuracy.plan import Plan, Run, read_plan
 from benchmarks.accuracy.tables import row
+from sparse_bwd.files import write_json, write_text
 from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.measure.meter import Meter, quantiles
 from sparse_bwd.training import RunConfig, Runtime, UserError
-from sparse_bwd.training.files import write_json, write_text
 from sparse_bwd.training.prepare import Prepared, prepare
 
 STEPS = 3  # of training between two steps of a policy: velocity then measures a change

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sparse_bwd as sb
 from benchmarks.accuracy.plan import Run
-from sparse_bwd.selection.weights import Layer, groups_of
+from sparse_bwd.nn import SparseLayer
 from sparse_bwd.training.models import head_name
 from sparse_bwd.training.selected import read_selections
 
@@ -51,7 +51,7 @@ class Weights:
         """`model`: of plain layers; it is converted."""
         head = head_name(model)
         sb.convert(model, "frozen", always_train=[head] if head else None)
-        self.layers: dict[str, Layer] = sb.layers(model)
+        self.layers: dict[str, SparseLayer] = sb.layers(model)
 
     @property
     def sizes(self) -> Tensor:
@@ -90,12 +90,12 @@ class Weights:
         return Share(self.common(a, b) / both, chance / both, by_layers / both)
 
 
-def _common(layer: Layer, a: tuple[str, Tensor], b: tuple[str, Tensor]) -> int:
+def _common(layer: SparseLayer, a: tuple[str, Tensor], b: tuple[str, Tensor]) -> int:
     (axis, one), (other_axis, other) = a, b
     # Depthwise layers have one axis, and as many channels under both names.
     if axis == other_axis or getattr(layer, "depthwise", False):
         return int((one & other).sum()) * int(layer.channel_cost(axis))
-    groups = groups_of(layer)
+    groups = layer.groups
     counts = one.view(groups, -1).sum(1) * other.view(groups, -1).sum(1)
     positions: int = layer.weight[0, 0].numel()
     return int(counts.sum()) * positions

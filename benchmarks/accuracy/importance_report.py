@@ -15,10 +15,10 @@ from benchmarks.accuracy.parts import NONE, PARTS, RANDOM, SCORED
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.significance import MIN_PAIRS, interval
 from benchmarks.accuracy.tables import p_value, row
+from sparse_bwd.files import write_text
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES, pyplot
 from sparse_bwd.measure.machine import command_line, machine
 from sparse_bwd.training import UserError
-from sparse_bwd.training.files import write_text
 
 CLEAR = 0.05
 

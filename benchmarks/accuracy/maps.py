@@ -28,11 +28,11 @@ from benchmarks.accuracy.plan import Plan, Run, read_plan
 from benchmarks.accuracy.records import Records, append_line, read_lines
 from benchmarks.accuracy.responding import Responses, averaged, class_responses
 from benchmarks.accuracy.states import Replay, configs_of, first_budget, runs_of
+from sparse_bwd.files import write_json
 from sparse_bwd.measure.machine import commit
 from sparse_bwd.selection.costs import greedy_prefix
 from sparse_bwd.selection.selection import Selection
 from sparse_bwd.training import RunConfig, Runtime, UserError, load_run
-from sparse_bwd.training.files import write_json
 from sparse_bwd.training.loader import in_order
 from sparse_bwd.training.prepare import open_data
 from sparse_bwd.training.selected import decode, encode

@@ -14,8 +14,8 @@ from benchmarks.accuracy.chosen import FIRST_CHOSEN, Chosen, Share, epoch_pairs,
 from benchmarks.accuracy.maps import GRADIENT, Found, masks
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.tables import p_value, row
+from sparse_bwd.files import write_text
 from sparse_bwd.measure.machine import command_line, commit, machine
-from sparse_bwd.training.files import write_text
 
 Summary = Mapping[str, Any]
 CLEAR = 0.05

@@ -14,9 +14,9 @@ from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.records import Records
 from benchmarks.accuracy.significance import compare
 from benchmarks.accuracy.tuning import mean_accuracies
+from sparse_bwd.files import write_text
 from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.training import UserError
-from sparse_bwd.training.files import write_text
 
 Times = Mapping[tuple[str | None, ...], Mapping[str, Any]]
 

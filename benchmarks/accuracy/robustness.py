@@ -29,10 +29,10 @@ from benchmarks.accuracy.plan import Plan, Run, read_plan
 from benchmarks.accuracy.records import Records
 from benchmarks.accuracy.significance import interval, spread
 from benchmarks.accuracy.tables import row, shown
+from sparse_bwd.files import write_json, write_text
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES, pyplot
 from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.training import Runtime, UserError, load_run
-from sparse_bwd.training.files import write_json, write_text
 from sparse_bwd.training.loader import stacked
 from sparse_bwd.training.prepare import open_data
 from sparse_bwd.training.run import Finished

@@ -59,8 +59,8 @@ def explain(
     if fit is not None:
         _fit(asked, fit, out, as_json)
         return
+    from sparse_bwd.files import write_json
     from sparse_bwd.measure.plan_page import draw, render
-    from sparse_bwd.training.files import write_json
 
     plan = asks.explain_plan(asked)
     text = render(plan)
@@ -81,9 +81,9 @@ def _figure(draw: Any, plan: dict[str, Any], out: Path) -> str:
 
 
 def _fit(asked: Any, text: str, out: Path | None, as_json: bool) -> None:
+    from sparse_bwd.files import write_json
     from sparse_bwd.measure.plan_page import fits_to_dict, render_fits
     from sparse_bwd.training.explain import explain_fit, parse_total
-    from sparse_bwd.training.files import write_json
 
     total = parse_total(text)
     found, best, network = explain_fit(asked, total)

@@ -145,7 +145,8 @@ def finetune(
             )
         config = training.configure(training.RunConfig(model, data), options)
         result = training.finetune(config, runtime, after_kill=resume)
-    show(result, _summary(result, out), as_json)
+    if training.is_first():
+        show(result, _summary(result, out), as_json)
 
 
 _RUNTIME = (

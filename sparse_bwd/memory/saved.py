@@ -118,6 +118,23 @@ class SavedTensors:
                 yield item
 
 
+class StepBytes(SavedTensors):
+    """Context manager around a whole training step: `bytes` is what was kept when its backward began; None before.
+
+    For loops of others, where forward and backward cannot be told apart from outside. What `model` holds is left out.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__([model], keepers=False)
+        self.bytes: int | None = None
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _unpack(self, held: _Held) -> Tensor:
+        if self.bytes is None:  # the first tensor that backward asks for: all are still there
+            self.bytes = sum(storage.nbytes for storage in self.storages() if not storage.constant)
+        return held.tensor
+
+
 def storage_key(tensor: Tensor) -> int:
     """Identity of a tensor's storage, valid while the tensor is alive; also for fake and meta tensors."""
     return int(tensor.untyped_storage()._cdata)

@@ -24,6 +24,13 @@ from torch import Tensor, nn
 
 from sparse_bwd.nn.compiled import graph_view, of_any_length, same_length
 from sparse_bwd.nn.index import Move, beside, mover
+from sparse_bwd.nn.shards import (
+    compact_shards,
+    is_sharded,
+    refresh_shards,
+    shards_agree,
+    synchronise_shards,
+)
 from sparse_bwd.nn.slot import TRAINABLE, Slot, Synced
 from sparse_bwd.ops.layout import is_channels_last
 from sparse_bwd.ops.write_back import read_slices, write_back
@@ -40,6 +47,7 @@ class CompactLayer(nn.Module):
     _synced: dict[str, Synced]
     _graph: dict[str, Tensor]  # what torch.compile reads of the compact Parameters (`compiled.py`)
     _original_flags: dict[str, bool]
+    _sharded = False  # `sparse_bwd.distributed.shard` has made its tensors DTensors
 
     def _init_compact(self) -> None:
         """Add the state of a compact layer to a stock one: everything frozen, nothing selected."""
@@ -70,6 +78,7 @@ class CompactLayer(nn.Module):
             "axis",
             "bias_mode",
             "_last_group",
+            "_sharded",
         ):
             self.__dict__.pop(name, None)
 
@@ -120,7 +129,7 @@ class CompactLayer(nn.Module):
         self._graph = {}
         for name, slot in self._slots.items():
             part = self._parameters[TRAINABLE[name]]
-            if slot.index is not None and part is not None:
+            if slot.index is not None and part is not None and not is_sharded(part):
                 of_any_length(slot.index)
                 self._graph[name] = graph_view(part, slot.axis, is_channels_last(self._full(name)))
 
@@ -138,6 +147,8 @@ class CompactLayer(nn.Module):
     def _compact_parameter(self, name: str, slot: Slot) -> nn.Parameter:
         """A new Parameter of the selected slices; in the memory of the full tensor where that has their shape."""
         full = self._full(name)
+        if is_sharded(full):
+            return compact_shards(self, full, slot)
         with torch.no_grad():
             return nn.Parameter(
                 full.detach() if slot.whole else read_slices(full, slot.index, slot.dim, slot.groups)
@@ -170,7 +181,7 @@ class CompactLayer(nn.Module):
         """The property behind `weight` and `bias`: synchronise, then hand out the full Parameter."""
         if name not in self._parameters:
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        if "_slots" in self.__dict__:
+        if "_slots" in self.__dict__ and not shards_agree(self, name):
             self.synchronise()
         return self._parameters[name]
 
@@ -185,7 +196,7 @@ class CompactLayer(nn.Module):
             return
         for name in names:
             full, part = self._full(name), self._parameters[TRAINABLE[name]]
-            if part is not None:
+            if part is not None and is_sharded(part) == self._sharded:  # in forward shards are gathered
                 self._synced[name] = Synced(full, full._version, part, part._version)
 
     @torch.no_grad()
@@ -193,7 +204,10 @@ class CompactLayer(nn.Module):
         """Take the compact values from the full tensors."""
         for name in names:
             slot, part = self._slots.get(name), self._parameters.get(TRAINABLE[name])
-            if slot is not None and part is not None:
+            if slot is not None and part is not None and self._sharded:
+                refresh_shards(self._full(name), part, slot)
+                self._record([name])
+            elif slot is not None and part is not None:
                 part.copy_(read_slices(self._full(name), slot.index, slot.dim, slot.groups))
                 self._record([name])
 
@@ -221,7 +235,8 @@ class CompactLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        self.synchronise()
+        if not self._sharded:  # shards may have been loaded in place, by torch.distributed.checkpoint
+            self.synchronise()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -266,6 +281,9 @@ def synchronise(layers: Iterable[CompactLayer]) -> None:
         for name, slot in layer._slots.items():
             full, part = parameters[name], layer.trained(name)
             if full is None or part is None or full.device.type == "meta":  # no values that could disagree
+                continue
+            if layer._sharded and (is_sharded(full) or is_sharded(part)):
+                synchronise_shards(layer, name, full, part, slot)
                 continue
             if not compiling:
                 last = synced.get(name)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bwd.nn import CompactLayer, ShiftedNorm, SparseLayer, layers, norms
+from sparse_bwd.nn.shards import gathered, is_sharded, placed_like
 from sparse_bwd.nn.slot import TRAINABLE, Slot
 from sparse_bwd.selection.compile_limit import warn_at_limit
 from sparse_bwd.selection.selection import Channels, Selection
@@ -77,11 +78,16 @@ def refuse_pending(compact: dict[str, CompactLayer]) -> None:
     for name, layer in compact.items():
         for trainable in TRAINABLE.values():
             parameter = layer._parameters[trainable]
-            if parameter is not None and parameter.grad is not None and bool(parameter.grad.any()):
+            if parameter is not None and parameter.grad is not None and _any(parameter.grad):
                 raise ValueError(
                     f"{name}.{trainable} holds a gradient that no optimizer step has cleared; select between steps: "
                     "call optimizer.step() and optimizer.zero_grad() first."
                 )
+
+
+def _any(gradient: Tensor) -> bool:
+    """Whether a gradient, which may be sharded, is anywhere other than zero."""
+    return bool(gathered(gradient).any())
 
 
 class _Groups:
@@ -122,7 +128,8 @@ class _Groups:
         """Remove the gaps, and give new Parameters the momentum that fused SGD wants of all or none of a group."""
         for entries in self._lists:
             entries[:] = [parameter for parameter in entries if parameter is not None]
-        if not isinstance(self.optimizer, torch.optim.SGD):
+        # accelerate wraps the optimizer that it prepares.
+        if not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), torch.optim.SGD):
             return
         state, groups = self.optimizer.state, self.optimizer.param_groups
         mixed = [
@@ -208,8 +215,10 @@ def _carry(
         ):
             carried[key] = value
         elif value.shape == old.shape:
-            fresh = torch.zeros_like(new, dtype=value.dtype)
-            carried[key] = fresh.index_copy_(dim, target, value.index_select(dim, source))
+            fresh = torch.zeros(new.shape, dtype=value.dtype, device=new.device)
+            fresh = fresh if is_sharded(new) else torch.zeros_like(new, dtype=value.dtype)
+            fresh.index_copy_(dim, target, gathered(value).index_select(dim, source))
+            carried[key] = placed_like(fresh, new) if is_sharded(new) else fresh
         else:
             warnings.warn(
                 f"The optimizer state '{key}' of {what} has shape {tuple(value.shape)}, which does not follow the "

@@ -60,6 +60,11 @@ class GradientMeter:
         """n_c of every row of `table`, float64 on the CPU. ValueError if the loss or a gradient is not finite."""
         swapped = layers(model)
         opened = {name: swapped[name] for name in table.names}
+        if any(layer._sharded for layer in opened.values()):
+            raise ValueError(
+                "Gradients are measured with whole weights, and this model is sharded; select before shard(), or by a "
+                "policy that reads no gradients."
+            )
         sums: dict[str, Tensor] = {}
 
         def read(name: str, gradient: Tensor) -> None:

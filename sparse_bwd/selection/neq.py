@@ -21,6 +21,7 @@ from sparse_bwd.selection.policies import make_meter
 from sparse_bwd.selection.policy import Policy
 from sparse_bwd.selection.probe import check_probe
 from sparse_bwd.selection.ranked import check_settings
+from sparse_bwd.selection.ranks import mean_over_ranks
 from sparse_bwd.selection.responses import Meter
 from sparse_bwd.selection.selection import Selection
 from sparse_bwd.selection.sketch import NUMBERS
@@ -98,7 +99,9 @@ class NEqPolicy(Policy):
     def _choose(self) -> Selection:
         swapped = layers(self.model)
         channels = {name: (swapped[name], size) for name, size in self.table.channels.items()}
-        phi = self.table.gather(self.meter.measure(self.model, channels, self.axis, self.probe))
+        phi = mean_over_ranks(
+            self.table.gather(self.meter.measure(self.model, channels, self.axis, self.probe))
+        )
         if self.steps == 0:
             return self.first
         speed = self.velocity.update(phi).abs()

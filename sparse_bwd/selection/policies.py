@@ -15,6 +15,7 @@ from sparse_bwd.selection.budget import Budget
 from sparse_bwd.selection.costs import greedy_prefix
 from sparse_bwd.selection.policy import BudgetPolicy, Policy
 from sparse_bwd.selection.probe import check_probe
+from sparse_bwd.selection.ranks import mean_over_ranks
 from sparse_bwd.selection.responses import ResponseMeter
 from sparse_bwd.selection.schemes import CRITERIA, Scheme, check_scheme, find_scheme, scheme_selection
 from sparse_bwd.selection.selection import Channels, Selection
@@ -171,7 +172,9 @@ class VelocityPolicy(BudgetPolicy):
         """phi of every row of the table, from one pass over the probe."""
         swapped = layers(self.model)
         channels = {name: (swapped[name], size) for name, size in self.table.channels.items()}
-        return self.table.gather(self.meter.measure(self.model, channels, self.axis, self.probe))
+        return mean_over_ranks(
+            self.table.gather(self.meter.measure(self.model, channels, self.axis, self.probe))
+        )
 
     def _choose(self) -> Selection:
         phi = self._measure()

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from sparse_bwd.nn import layers, norms
-from sparse_bwd.selection.apply import apply, refuse_pending
+from sparse_bwd.selection.apply import GroupOf, apply, refuse_pending
 from sparse_bwd.selection.budget import GIGA, MIB, Budget
 from sparse_bwd.selection.costs import cost_table, prefix_length
 from sparse_bwd.selection.limits import Choose, Limits, Need
 from sparse_bwd.selection.parity import check_parity, code_cost, layer_order_prefix
+from sparse_bwd.selection.ranks import of_first_rank
 from sparse_bwd.selection.selection import BIAS_MODES, Selection
 
 STATE_VERSION = 1
@@ -101,17 +102,17 @@ class Policy(ABC):
         """Bytes that the policy holds between steps in all, known before the first; a byte budget pays for them too."""
         return self.table.nbytes
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> Selection:
-        """Choose the next selection, apply it to the model and return it.
+    def step(self, optimizer: torch.optim.Optimizer | None = None, group: GroupOf | None = None) -> Selection:
+        """Choose the next selection, apply it to the model and return it. With torch.distributed all ranks call it.
 
         Call it between optimizer steps. With `optimizer`, its param groups and the state of channels that stay selected
         are carried over; without, make the optimizer afterwards. Gradients that no step has used are refused before
-        anything is measured or drawn.
+        anything is measured or drawn. `group` says which param group a new parameter goes to; see `sparse_bwd.apply`.
         """
         self._check_model()
         refuse_pending({**layers(self.model), **norms(self.model)})
-        selection = self._choose()
-        apply(self.model, selection, optimizer)
+        selection = of_first_rank(self._choose())
+        apply(self.model, selection, optimizer, group)
         self.selection, self.steps = selection, self.steps + 1
         self.report = self._report(selection)
         return selection

@@ -21,6 +21,7 @@ from sparse_bwd.nn import layers
 from sparse_bwd.selection.budget import Budget
 from sparse_bwd.selection.gradients import GradientMeter
 from sparse_bwd.selection.policy import BudgetPolicy, Policy
+from sparse_bwd.selection.ranks import mean_over_ranks
 from sparse_bwd.selection.selection import Selection
 from sparse_bwd.selection.weights import weight_norms
 
@@ -167,7 +168,7 @@ class WeightNormPolicy(RankedPolicy):
 
 def gradient_norms(policy: Policy, meter: GradientMeter) -> Tensor:
     """n_c of every row of the policy's table; ValueError if it is zero everywhere, so that nothing can be ranked."""
-    found = meter.norms(policy.model, policy.table)
+    found = mean_over_ranks(meter.norms(policy.model, policy.table))
     if not bool((found > 0).any()):
         raise ValueError(
             f"The gradient of the loss is zero in all {len(policy.table.names)} layers, so that it ranks no channel; "

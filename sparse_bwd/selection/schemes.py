@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bwd.nn import SparseConv2d, layers, norms
+from sparse_bwd.nn.shards import gathered
 from sparse_bwd.selection.scheme_table import TABLE
 from sparse_bwd.selection.selection import Channels, Selection
 
@@ -226,7 +227,7 @@ def kept_count(channels: int, ratio: float, axis: str) -> int:
 
 def channel_norms(layer: SparseConv2d, axis: str) -> Tensor:
     """L2 norm of the weights of each channel, float32 or wider, [C]; groups respected, depthwise as axis "out"."""
-    weight: Tensor = layer.weight.detach()
+    weight = gathered(layer.weight.detach())
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if axis == "out" or layer.depthwise:
         return weight.flatten(1).square().sum(1).sqrt()

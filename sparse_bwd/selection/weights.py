@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_bwd.nn import SparseLayer
+from sparse_bwd.nn.shards import gathered
 from sparse_bwd.selection.responses import similarity
 
 _ELEMENTS = {"out": (2, 3), "in": (1, 3)}  # of [g, C_out/g, C_in/g, kh kw], what one channel is made of
@@ -35,7 +36,7 @@ def channel_norms(values: Tensor, groups: int, axis: str) -> Tensor:
 
 def weight_norms(layer: SparseLayer, axis: str) -> Tensor:
     """L2 norm of every channel of a layer's weight, float64 [C] on the CPU."""
-    return channel_norms(layer.as_rows(layer.weight.detach()), layer.groups, axis).cpu().double()
+    return channel_norms(layer.as_rows(gathered(layer.weight.detach())), layer.groups, axis).cpu().double()
 
 
 def _grouped(values: Tensor, groups: int) -> Tensor:
@@ -63,7 +64,7 @@ class WeightMeter:
     ) -> dict[str, Tensor]:
         """phi of every layer's channels (float64 [C], on the CPU); `model` and `probe` are not looked at."""
         phi = {}
-        now = {name: layer.as_rows(layer.weight.detach()) for name, (layer, _) in channels.items()}
+        now = {name: layer.as_rows(gathered(layer.weight.detach())) for name, (layer, _) in channels.items()}
         for name, (layer, count) in channels.items():
             kept = self.kept.get(name)
             if kept is None:

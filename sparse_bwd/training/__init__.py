@@ -3,6 +3,7 @@
 from sparse_bwd.training.config import RunConfig, Runtime, check_unchanged, configure
 from sparse_bwd.training.data import open_source
 from sparse_bwd.training.errors import Diverged, Stopped, UserError
+from sparse_bwd.training.ranks import is_first
 from sparse_bwd.training.recipe import RECIPES, Recipe
 from sparse_bwd.training.run import evaluate_run, finetune, load_run, predict_images, resume, saved_config
 from sparse_bwd.training.transforms import Preprocessing
@@ -20,6 +21,7 @@ __all__ = [
     "configure",
     "evaluate_run",
     "finetune",
+    "is_first",
     "load_run",
     "open_source",
     "predict_images",

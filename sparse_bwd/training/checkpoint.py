@@ -1,117 +1,23 @@
-"""Checkpoints: one safetensors file that holds tensors, and everything else as JSON in its header.
+"""Checkpoints of a run."""
 
-One file, because one rename is all that can be done at once; safetensors and JSON, because reading them runs no code.
-"""
-
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from sparse_bwd.state_file import Format, read_state, write_state
 from sparse_bwd.training.errors import UserError
-from sparse_bwd.training.files import write_safetensors
 
-FORMAT = "sparse_bwd checkpoint"
-VERSION = 1
-# Marks in the JSON for what JSON has no word for.
-_TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"
+_FORMAT = Format("sparse_bwd checkpoint", 1, "checkpoint")
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Writes nested dicts, lists, tuples, numbers, words and tensors, atomically. OSError if the disk is full."""
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps(_encode(dict(state), "", tensors))
-    write_safetensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "state": text})
+    write_state(path, state, _FORMAT)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` wrote, with tensors on the CPU in the same memory layout. UserError if it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path} is not a checkpoint of sparse-bwd.")
-            if metadata.get("version") != str(VERSION):
-                raise UserError(
-                    f"The checkpoint {path} has format version {metadata.get('version')}; this version of sparse-bwd "
-                    f"reads version {VERSION}."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
-        state: dict[str, Any] = _decode(json.loads(metadata["state"]), tensors)
-        return state
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"The checkpoint {path} cannot be read: {error}.") from error
-
-
-def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for `value`; tensors go to `tensors` under the dotted path at which they were found."""
-    if isinstance(value, Tensor):
-        return _encode_tensor(value.detach(), name, tensors)
-    if isinstance(value, dict):
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {
-                key: _encode(item, f"{name}.{key}" if name else key, tensors) for key, item in value.items()
-            }
-        return {
-            _ITEMS: [
-                [_encode(key, name, tensors), _encode(item, f"{name}.{key}", tensors)]
-                for key, item in value.items()
-            ]
-        }
-    if isinstance(value, (list, tuple)):
-        items = [_encode(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]
-        return {_TUPLE: items} if isinstance(value, tuple) else items
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"A checkpoint cannot hold {name} of type {type(value).__name__}.")
-
-
-def _encode_tensor(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    # is_contiguous() overlooks strides of dimensions of size 1, from which PyTorch guesses channels_last.
-    if tensor.stride() == torch.empty(tensor.shape, device="meta").stride() or not _is_dense(tensor):
-        tensors[name] = tensor
-        return {_TENSOR: name}
-    # Kept in the order of memory: sums and optimizer steps in another layout could round differently.
-    tensors[name] = tensor.as_strided((tensor.numel(),), (1,))
-    return {_TENSOR: name, "shape": list(tensor.shape), "stride": list(tensor.stride())}
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory without gaps or overlap."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if _TENSOR in value:
-        return _decode_tensor(value, tensors[value[_TENSOR]])
-    if _TUPLE in value:
-        return tuple(_decode(item, tensors) for item in value[_TUPLE])
-    if _ITEMS in value:
-        return {_decode(key, tensors): _decode(item, tensors) for key, item in value[_ITEMS]}
-    return {key: _decode(item, tensors) for key, item in value.items()}
-
-
-def _decode_tensor(value: dict[str, Any], tensor: Tensor) -> Tensor:
-    if "stride" not in value:
-        return tensor
-    # as_strided would read past the end of a tensor that is smaller than the header says.
-    shape, stride = value["shape"], value["stride"]
-    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    if math.prod(shape) != tensor.numel() or last + 1 != tensor.numel() or min(shape + stride) < 0:
-        raise ValueError(f"{value[_TENSOR]} has a shape that does not fit its data")
-    return torch.as_strided(tensor, shape, stride)
+        return read_state(path, _FORMAT)
+    except ValueError as error:
+        raise UserError(str(error)) from error

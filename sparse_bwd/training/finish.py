@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import sparse_bwd as sb
+from sparse_bwd.files import write_json, write_safetensors
 from sparse_bwd.selection.flops import backward_flops
-from sparse_bwd.training.files import write_json, write_safetensors
-from sparse_bwd.training.loop import Trainer, selection_row
+from sparse_bwd.training.loop import Trainer
+from sparse_bwd.training.rows import selection_row
 from sparse_bwd.training.state import named_trainable
 
 MODEL, CLASSES, PREPROCESSING, RESULT = (
@@ -30,14 +31,17 @@ _FALL = 0.1
 
 
 def finish(trainer: Trainer) -> dict[str, Any]:
-    """Writes model, class names, preprocessing and, last of all, result.json; returns the result.
+    """Writes model, class names, preprocessing and, last of all, result.json, on rank 0; returns the result.
 
     The model comes out restored: plain torch layers.
     """
-    memory = measure_step(trainer) if trainer.prepared.runtime.measure else {}
+    first = trainer.ranks.first
+    memory = measure_step(trainer) if trainer.prepared.runtime.measure and first else {}
     result = summarise(trainer, memory)
     out = trainer.out
     sb.restore(trainer.model)
+    if not first:
+        return result
     trained = {name: tensor.contiguous() for name, tensor in trainer.model.state_dict().items()}
     write_safetensors(out / MODEL, trained, {"format": "pt", "model": trainer.config.model})
     write_json(out / CLASSES, trainer.prepared.classes)
@@ -88,6 +92,7 @@ def summarise(trainer: Trainer, memory: dict[str, int]) -> dict[str, Any]:
         "command": trainer.prepared.runtime.command,
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "ranks": trainer.ranks.world,
         "device": str(trainer.device),
     }
 

@@ -6,7 +6,7 @@ worker processes.
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparse_bwd.training import seeding
 from sparse_bwd.training.errors import UserError
+from sparse_bwd.training.ranks import Ranks
 from sparse_bwd.training.samples import Samples
 from sparse_bwd.training.transforms import Transform
 
@@ -78,7 +79,10 @@ def _batches(
 
 @dataclass(frozen=True)
 class TrainLoader:
-    """Training batches. The last incomplete batch of an epoch is dropped, unless it is the only one."""
+    """Training batches. The last incomplete batch of an epoch is dropped, unless it is the only one.
+
+    `batch_size` counts the images of all ranks; each rank gets its share of every batch.
+    """
 
     samples: Samples
     transform: Transform
@@ -86,6 +90,12 @@ class TrainLoader:
     seed: int
     workers: int = 0
     pin: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def images_per_batch(self) -> int:
+        """Of all ranks together."""
+        return min(self.batch_size, len(self.samples))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -94,10 +104,11 @@ class TrainLoader:
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Batches of an epoch from number `first_batch` on: images uint8 [N, 3, H, W] and class numbers [N]."""
         order = seeding.permutation(len(self.samples), seeding.derive(self.seed, "order", epoch))
-        keys = [
-            [(epoch, index) for index in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+        whole = [
+            order[batch * self.batch_size : (batch + 1) * self.batch_size]
             for batch in range(first_batch, self.batches_per_epoch)
         ]
+        keys = [[(epoch, index) for index in self.ranks.share(batch)] for batch in whole]
         return _batches(_Images(self.samples, self.transform, self.seed), keys, self.workers, self.pin)
 
 

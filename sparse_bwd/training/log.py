@@ -44,6 +44,22 @@ class JsonLog:
         self._file.close()
 
 
+class SilentLog(JsonLog):
+    """The log of a process that writes none."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def write(self, event: str, **fields: Any) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log. UserError if the file is missing or is not a log."""
     try:

@@ -1,6 +1,5 @@
 """The fine-tuning loop: batches, selections, evaluations, checkpoints; it can stop at any step and go on later."""
 
-import dataclasses
 import math
 import signal
 import threading
@@ -13,18 +12,20 @@ import torch
 from torch import Tensor, nn
 
 import sparse_bwd as sb
-from sparse_bwd.selection.policy import Policy
 from sparse_bwd.training import seeding, state
 from sparse_bwd.training.checkpoint import save_checkpoint
 from sparse_bwd.training.display import Display
 from sparse_bwd.training.errors import Diverged, Stopped
 from sparse_bwd.training.evaluate import Accuracy, measure_accuracy
 from sparse_bwd.training.loader import in_order
-from sparse_bwd.training.log import JsonLog
+from sparse_bwd.training.log import JsonLog, SilentLog
 from sparse_bwd.training.prepare import Prepared, sentences
+from sparse_bwd.training.rows import epoch_line, machine, selection_row
 from sparse_bwd.training.selected import encode
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+# What ranks tell each other between steps: nothing, that a checkpoint is due, or to stop for a signal.
+_STOP = 1
 # Step times that the median is taken over: the last ones, so that warm-up of caches does not count.
 _TIMED_STEPS = 512
 
@@ -39,6 +40,7 @@ class Trainer:
         self.prepared, self.config, self.recipe = prepared, prepared.config, prepared.config.recipe
         self.model, self.policy = prepared.model, prepared.policy
         self.device = next(prepared.model.parameters()).device
+        self.ranks = prepared.ranks
         self.out = prepared.runtime.out
         self.epoch = self.batch = 0
         self.seen = Accuracy()
@@ -48,6 +50,7 @@ class Trainer:
         self.stop_signal: int | None = None
         self.optimizer: torch.optim.Optimizer
         self.log: JsonLog
+        self.wrapped: nn.Module
 
     @property
     def step(self) -> int:
@@ -60,13 +63,13 @@ class Trainer:
 
     def start(self) -> None:
         """Selects for the first epoch and writes the first checkpoint."""
-        torch.manual_seed(seeding.derive(self.config.seed, "train"))
+        self._seed()
         began = time.perf_counter()
         with sentences():
             self.policy.step()
             chosen = time.perf_counter() - began
             self.optimizer = self._make_optimizer()
-        self.log = JsonLog(self.out / LOG)
+        self.log = self._open_log(0)
         about = {"notes": self.prepared.notes, "command": self.prepared.runtime.command}
         self.log.write("start", config=self.config.to_json(), **about)
         self._log_selection(chosen)
@@ -79,11 +82,25 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         state.revive_optimizer(self.optimizer, self.model, saved["optimizer"])
         self.epoch, self.batch = saved["epoch"], saved["batch"]
-        self.seen, self.history = Accuracy(*saved["seen"]), saved["history"]
+        # Counts are those of all ranks; they are summed again, so one rank takes them.
+        self.seen = Accuracy(*saved["seen"]) if self.ranks.first else Accuracy()
+        self.history = saved["history"]
         self.step_ms.extend(saved["step_ms"])
-        self.log = JsonLog(self.out / LOG, saved["log_bytes"])
+        self.log = self._open_log(saved["log_bytes"])
         self.log.write("resume", epoch=self.epoch, batch=self.batch)
-        state.revive_random(saved["random"])
+        states = [saved["random"], *saved.get("random_of_ranks", [])]
+        if self.ranks.rank < len(states):
+            state.revive_random(states[self.ranks.rank])
+        else:
+            self._seed()
+
+    def _seed(self) -> None:
+        """Global random numbers, such as those of dropout: others on every rank."""
+        rank = (self.ranks.rank, self.step) if self.ranks.rank else ()
+        torch.manual_seed(seeding.derive(self.config.seed, "train", *rank))
+
+    def _open_log(self, keep: int) -> JsonLog:
+        return JsonLog(self.out / LOG, keep) if self.ranks.first else SilentLog()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(
@@ -103,6 +120,8 @@ class Trainer:
             (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         )
         handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
+        # Statistics of norms differ between ranks only where norms gather them.
+        self.wrapped = self.ranks.wrap(self.model, buffers=self.recipe.batch_norm == "train")
         try:
             while not self.finished and (until is None or self.epoch < until):
                 self.train_epoch(display)
@@ -140,10 +159,11 @@ class Trainer:
         rate = self.recipe.learning_rate(self.step, self.prepared.loader.batches_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        outputs = self.model(inputs)
+        outputs = self.wrapped(inputs)
         loss = nn.functional.cross_entropy(outputs, targets)
         self._refuse(loss, "loss")
-        loss.backward()
+        share = len(targets) * self.ranks.world / self.prepared.loader.images_per_batch
+        (loss if share == 1 else loss * share).backward()
         if self.recipe.clip_norm:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             self._refuse(nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm), "gradient")
@@ -153,22 +173,26 @@ class Trainer:
         self.step_ms.append(1000 * (time.perf_counter() - began))
 
     def _refuse(self, value: Tensor, what: str) -> None:
-        """Diverged unless `value` is finite."""
-        if math.isfinite(value.item()):
+        """Diverged on all ranks unless `value` is finite on all."""
+        finite = math.isfinite(value.item())
+        if not self.ranks.highest(int(not finite)):
             return
         raise Diverged(
-            f"Training diverged: the {what} became {value.item()} at step {self.step + 1} (epoch {self.epoch + 1}), so "
-            f"the run has stopped; lower --lr (now {self.recipe.lr:g}). {self.out / CHECKPOINT} holds the last state "
-            "that was saved before."
+            f"Training diverged: the {what} became {_shown(value)} at step {self.step + 1} (epoch {self.epoch + 1}), "
+            f"so the run has stopped; lower --lr (now {self.recipe.lr:g}). {self.out / CHECKPOINT} holds the last "
+            "state that was saved before."
         )
 
     def _pause(self) -> None:
-        """Between two steps: stop if asked to, write a checkpoint if one is due."""
-        if self.stop_signal is not None:
-            self._stop()
+        """Between two steps: stop if any rank was asked to, write a checkpoint if one is due."""
         minutes, steps = self.prepared.runtime.checkpoint_minutes, self.prepared.runtime.checkpoint_steps
         late = bool(minutes) and time.monotonic() - self.saved_at >= 60 * float(minutes or 0)
-        if late or (steps and self.step % steps == 0):
+        due = late or bool(steps and self.step % steps == 0)
+        wanted = self.ranks.highest(_STOP + self.stop_signal if self.stop_signal is not None else int(due))
+        if wanted > _STOP:
+            self.stop_signal = wanted - _STOP
+            self._stop()
+        if wanted:
             self.save()
 
     def _stop(self) -> None:
@@ -182,6 +206,9 @@ class Trainer:
 
     def _finish_epoch(self, display: Display) -> None:
         """Evaluates, logs, selects for the next epoch and writes a checkpoint."""
+        self.seen = self._together(self.seen)
+        if self.recipe.batch_norm == "train":
+            self.ranks.take_buffers(self.model)
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "train_loss": self.seen.loss,
@@ -203,18 +230,25 @@ class Trainer:
             self._log_selection(time.perf_counter() - began)
         self.epoch, self.batch, self.seen = self.epoch + 1, 0, Accuracy()
         self.save()
-        if self.stop_signal is not None and not self.finished:
-            self._stop()
+        if self.ranks.world == 1 and self.stop_signal is not None and not self.finished:
+            self._stop()  # several ranks agree on it after the next step
+
+    def _together(self, counted: Accuracy) -> Accuracy:
+        """Counts over the images of all ranks."""
+        count, correct, loss_sum = self.ranks.total(counted.to_json())
+        return Accuracy(int(count), int(correct), loss_sum)
 
     def _evaluate(self) -> Accuracy:
         def between() -> None:
-            if self.stop_signal is not None:
+            if self.ranks.world == 1 and self.stop_signal is not None:
                 self._stop()
 
         runtime, config = self.prepared.runtime, self.config
         size = 2 * self.recipe.batch_size
-        loader = in_order(self.prepared.test, config.preprocessing.evaluation(), size, runtime.workers)
-        return measure_accuracy(self.model, loader, config.preprocessing, config.channels_last, between)
+        mine = self.prepared.test.select(self.ranks.share(range(len(self.prepared.test))))
+        loader = in_order(mine, config.preprocessing.evaluation(), size, runtime.workers)
+        found = measure_accuracy(self.model, loader, config.preprocessing, config.channels_last, between)
+        return self._together(found)
 
     def _log_selection(self, seconds: float) -> None:
         """What is trained from now on, and the time that measuring, choosing and applying it took."""
@@ -233,8 +267,11 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint of this very moment, atomically. Diverged if a trained value is not finite."""
         self.refuse_infinite()
-        self.log.sync()
-        save_checkpoint(self.out / CHECKPOINT, self._state())
+        seen = self._together(self.seen)
+        random = self.ranks.gathered(state.capture_random())
+        if self.ranks.first:
+            self.log.sync()
+            save_checkpoint(self.out / CHECKPOINT, self._state(seen, random))
         self.saved_at = time.monotonic()
 
     def refuse_infinite(self) -> None:
@@ -247,44 +284,26 @@ class Trainer:
                     "saved before."
                 )
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, seen: Accuracy, random: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "config": self.config.to_json(),
             "classes": self.prepared.classes,
             "data": self.prepared.fingerprint,
-            "machine": machine(self.device),
+            "machine": machine(self.device, self.ranks.world),
             "epoch": self.epoch,
             "batch": self.batch,
-            "seen": self.seen.to_json(),
+            "seen": seen.to_json(),
             "history": self.history,
             "step_ms": list(self.step_ms),
             "log_bytes": self.log.size,
             "optimizer": state.capture_optimizer(self.optimizer, self.model),
-            "random": state.capture_random(),
+            "random": random[0],
+            "random_of_ranks": random[1:],
             **state.capture_model(self.model, self.policy),
         }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the bits of a result depend on besides the configuration."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def selection_row(policy: Policy) -> dict[str, Any]:
-    """What is trained now: budget, true cost in weights, channels, layers; bytes and operations of a step."""
-    assert policy.selection is not None and policy.report is not None
-    spent = dataclasses.asdict(policy.selection.summary(policy.model))
-    limited = ("budget_bytes", "needed_bytes", "budget_flops", "backward_flops")
-    needed = {name: getattr(policy.report, name) for name in limited}
-    return {"budget": policy.budget, "total": policy.table.total, **spent, **needed}
-
-
-def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    """One epoch for people."""
-    tested = f", test accuracy {row['test_accuracy']:.2%}" if "test_accuracy" in row else ""
-    return (
-        f"epoch {row['epoch']}/{epochs}: train loss {row['train_loss']:.4f}, train accuracy "
-        f"{row['train_accuracy']:.2%}{tested}; trained {row['cost']:,} weights in {row['channels']:,} channels of "
-        f"{row['layers']} layers"
-    )
+def _shown(value: Tensor) -> str:
+    """A number that is not finite, here or elsewhere."""
+    here = value.item()
+    return "infinite or NaN on another rank" if math.isfinite(here) else str(here)

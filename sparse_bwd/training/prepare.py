@@ -4,7 +4,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sparse_bwd.training.data import DataOptions, Source, open_source
 from sparse_bwd.training.errors import UserError
 from sparse_bwd.training.loader import TrainLoader, stacked
 from sparse_bwd.training.models import build_model, check_width, head_name
+from sparse_bwd.training.ranks import Ranks
 from sparse_bwd.training.samples import Samples
 from sparse_bwd.training.weights import load_weights
 
@@ -40,6 +41,7 @@ class Prepared:
     policy: Policy
     fingerprint: str
     notes: list[str]
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @contextlib.contextmanager
@@ -51,11 +53,14 @@ def sentences() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def prepare(config: RunConfig, runtime: Runtime, resuming: bool = False) -> Prepared:
+def prepare(
+    config: RunConfig, runtime: Runtime, resuming: bool = False, ranks: Ranks | None = None
+) -> Prepared:
     """Opens the data, checks its images, builds, fills and converts the network and makes the policy.
 
     With `resuming` the weights are left random, because the checkpoint holds them. UserError for anything amiss.
     """
+    ranks = ranks or Ranks()
     if runtime.threads is not None:
         if runtime.threads < 1:
             raise UserError(f"--threads is {runtime.threads}; it must be at least 1.")
@@ -76,10 +81,17 @@ def prepare(config: RunConfig, runtime: Runtime, resuming: bool = False) -> Prep
     recipe = config.recipe
     transform = config.preprocessing.training(recipe.augment, recipe.flip)
     loader = TrainLoader(
-        train, transform, recipe.batch_size, config.seed, runtime.workers, device.type == "cuda"
+        train, transform, recipe.batch_size, config.seed, runtime.workers, device.type == "cuda", ranks
     )
+    if loader.images_per_batch < ranks.world:
+        raise UserError(
+            f"A batch has {loader.images_per_batch} images, too few for {ranks.world} processes: raise --batch-size or "
+            "start fewer."
+        )
     fingerprint = f"{source.train.fingerprint()}-{source.test.fingerprint()}"
-    return Prepared(config, runtime, source.classes, loader, source.test, model, policy, fingerprint, notes)
+    return Prepared(
+        config, runtime, source.classes, loader, source.test, model, policy, fingerprint, notes, ranks
+    )
 
 
 def open_data(config: RunConfig, runtime: Runtime) -> Source:

@@ -18,9 +18,11 @@ from sparse_bwd.training.evaluate import measure_accuracy
 from sparse_bwd.training.finish import CLASSES, MODEL, PREPROCESSING, RESULT, finish, is_complete
 from sparse_bwd.training.images import decode
 from sparse_bwd.training.loader import in_order
-from sparse_bwd.training.loop import CHECKPOINT, LOG, Trainer, machine
+from sparse_bwd.training.loop import CHECKPOINT, LOG, Trainer
 from sparse_bwd.training.models import build_model
 from sparse_bwd.training.prepare import claim_folder, find_device, prepare
+from sparse_bwd.training.ranks import Ranks, joined, lost_ranks_are_told
+from sparse_bwd.training.rows import machine
 from sparse_bwd.training.transforms import Preprocessing
 from sparse_bwd.training.weights import fill, read_weights
 
@@ -37,15 +39,20 @@ def finetune(config: RunConfig, runtime: Runtime, after_kill: bool = False) -> d
     Stopped after Ctrl-C, OSError if a file cannot be written.
     """
     was_there = runtime.out.exists()
-    prepared = prepare(config, runtime)
-    claim_folder(runtime.out, _LEFTOVERS if after_kill else ())
-    trainer = Trainer(prepared)
-    try:
-        trainer.start()
-    except BaseException:
-        _leave_nothing(runtime.out, keep_folder=was_there)
-        raise
-    return _carry_on(trainer)
+    with joined(runtime) as (ranks, runtime):
+        prepared = prepare(config, runtime, ranks=ranks)
+        if ranks.first:
+            claim_folder(runtime.out, _LEFTOVERS if after_kill else ())
+        with lost_ranks_are_told(ranks, runtime.out):
+            ranks.wait()
+            trainer = Trainer(prepared)
+            try:
+                trainer.start()
+            except BaseException:
+                if ranks.first:
+                    _leave_nothing(runtime.out, keep_folder=was_there)
+                raise
+        return _carry_on(trainer)
 
 
 def saved_config(out: Path) -> tuple[RunConfig, dict[str, Any]] | None:
@@ -73,7 +80,12 @@ def resume(config: RunConfig, runtime: Runtime, saved: dict[str, Any]) -> dict[s
     before = saved["machine"]
     if runtime.threads is None:
         runtime = replace(runtime, threads=before["threads"])
-    prepared = prepare(config, runtime, resuming=True)
+    with joined(runtime) as (ranks, runtime):
+        return _resume(config, runtime, saved, ranks)
+
+
+def _resume(config: RunConfig, runtime: Runtime, saved: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    prepared = prepare(config, runtime, resuming=True, ranks=ranks)
     if saved["classes"] != prepared.classes or saved["data"] != prepared.fingerprint:
         raise UserError(
             f"The data {config.data} is not what the run in {runtime.out} began with: images or classes were added, "
@@ -81,20 +93,22 @@ def resume(config: RunConfig, runtime: Runtime, saved: dict[str, Any]) -> dict[s
         )
     trainer = Trainer(prepared)
     trainer.resume(saved)
-    return _carry_on(trainer, _differences(before, machine(trainer.device)))
+    before = {"ranks": 1, **saved["machine"]}  # files from before there could be several have no number
+    return _carry_on(trainer, _differences(before, machine(trainer.device, ranks.world)))
 
 
 def _carry_on(trainer: Trainer, warnings: Sequence[str] = ()) -> dict[str, Any]:
-    loader, runtime = trainer.prepared.loader, trainer.prepared.runtime
+    loader, runtime, ranks = trainer.prepared.loader, trainer.prepared.runtime, trainer.ranks
     total = trainer.recipe.epochs * loader.batches_per_epoch
     try:
         with Display(total, trainer.step, runtime.quiet) as display:
             display.lines(trainer.prepared.notes)
-            for text in warnings:
+            for text in warnings if ranks.first else ():
                 display.warn(text)
-            trainer.run(display)
+            with lost_ranks_are_told(ranks, runtime.out):
+                trainer.run(display)
             result = finish(trainer)
-            for text in result["warnings"]:
+            for text in result["warnings"] if ranks.first else ():
                 display.warn(text)
     finally:
         trainer.log.close()

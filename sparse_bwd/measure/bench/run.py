@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from sparse_bwd.files import write_json, write_text
 from sparse_bwd.measure.bench.asked import Asked, Case
 from sparse_bwd.measure.bench.processes import run_all, run_case
 from sparse_bwd.measure.bench.report import Row, record, to_csv
-from sparse_bwd.training.files import write_json, write_text
 from sparse_bwd.training.models import build_model, check_width
 
 

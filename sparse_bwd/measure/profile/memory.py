@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from sparse_bwd.files import write_atomically, write_json
 from sparse_bwd.measure.profile.ranges import Ranges
 from sparse_bwd.measure.profile.trace import Marks, run_in_ranges
 from sparse_bwd.measure.timeline_figure import draw_step
 from sparse_bwd.measure.training_step import TrainingStep
 from sparse_bwd.memory.timeline import timeline
-from sparse_bwd.training.files import write_atomically, write_json
 
 VERSION = 1
 SNAPSHOT, TIMELINE, FIGURE = "memory.pickle", "timeline.json", "timeline.png"

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from sparse_bwd.files import write_atomically, write_json
 from sparse_bwd.measure.kernels import precision
 from sparse_bwd.measure.machine import machine
 from sparse_bwd.measure.profile.asked import Asked, prepare
@@ -43,7 +44,6 @@ from sparse_bwd.measure.profile.trace import NAME as TRACE
 from sparse_bwd.measure.profile.trace import Marks, run_in_ranges, trace
 from sparse_bwd.measure.training_step import TrainingStep
 from sparse_bwd.training.errors import UserError
-from sparse_bwd.training.files import write_atomically, write_json
 from sparse_bwd.version import __version__
 
 VERSION = 1

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from sparse_bwd.files import write_atomically, write_json
 from sparse_bwd.selection.scheme_search import Choice, evolve
-from sparse_bwd.training.files import write_atomically, write_json
 from sparse_bwd.training.finish import versions
 from sparse_bwd.training.prepare import sentences
 from sparse_bwd.training.search.bench import Bench

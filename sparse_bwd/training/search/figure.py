@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from sparse_bwd.files import write_atomically
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES
-from sparse_bwd.training.files import write_atomically
 
 # Marker and shade of the ratios from small to large: told apart by shape where shades are not.
 _MARKS = (("o", "#bbbbbb"), ("s", "#888888"), ("^", "#555555"), ("D", "#000000"))

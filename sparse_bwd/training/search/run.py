@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sparse_bwd.files import write_json
 from sparse_bwd.selection.costs import cost_table
 from sparse_bwd.training.config import Runtime
 from sparse_bwd.training.display import Counter
 from sparse_bwd.training.errors import Stopped
-from sparse_bwd.training.files import write_json
 from sparse_bwd.training.prepare import claim_folder
 from sparse_bwd.training.search.bench import Bench
 from sparse_bwd.training.search.conclude import conclude
