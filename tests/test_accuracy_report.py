@@ -244,10 +244,13 @@ def test_the_page_of_a_cut_grid(tmp_path: Path, capsys: pytest.CaptureFixture[st
     records = Records(tmp_path)
     for line in some_records():
         if line["data"] == "digits" and line["seed"] < 2 and line["method"] != "full":
-            records.add(line)
-    records.add(record("full", "digits", None, 0, None, failed="diverged", error="The loss became nan."))
-    for lr, accuracy in ((0.02, 0.5), (0.2, 0.7)):
-        records.add(record("velocity", "digits", "small", 0, accuracy, stage="trial", lr=lr))
+            records.add({**line, "lr": 0.2})
+    failed = {"failed": "diverged", "error": "The loss became nan."}
+    records.add(record("full", "digits", None, 0, None, lr=0.2, **failed))
+    records.add(record("full", "digits", None, 1, 0.9, lr=0.02))  # of before the trials chose another rate
+    for method, budget in (("velocity", "small"), ("random", "small"), ("full", None)):
+        for lr, accuracy in ((0.02, 0.5), (0.2, 0.7)):
+            records.add(record(method, "digits", budget, 0, accuracy, stage="trial", lr=lr))
     assert main(["--plan", str(plan), "--out", str(tmp_path), "--report", str(tmp_path / "r" / "page")]) == 0
     text = (tmp_path / "r" / "page.md").read_text()
     assert "9 runs of the 10 of the plan" in text and "diverged: The loss became nan." in text
@@ -258,4 +261,4 @@ def test_the_page_of_a_cut_grid(tmp_path: Path, capsys: pytest.CaptureFixture[st
         with Image.open(path) as image:
             assert image.width == 1200 and np.asarray(image.convert("L")).std() > 5
     lines = [json.loads(line) for line in (tmp_path / "r" / "page.jsonl").read_text().splitlines()]
-    assert len(lines) == 11
+    assert len(lines) == 9 + 6

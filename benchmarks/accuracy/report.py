@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.accuracy import epochs, figures, published, tables
 from benchmarks.accuracy.cells import Cell, cells
+from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.records import Records
 from benchmarks.accuracy.significance import compare
@@ -27,13 +28,12 @@ def report(plan: Plan, records: Records, stem: Path, times: Path | None = None) 
     times: what `benchmarks.accuracy.choosing` wrote of this plan; None: the times of the runs themselves, which had
     company on the machine.
     """
-    wanted = [run for run in plan.runs() if records.get(run)]
-    if not wanted:
+    grid = Grid(plan, plan.runs(), records.path.parent, records, {}, {}, {})
+    runs = [record for run in grid.runs if grid.done(run) and (record := records.get(run)) is not None]
+    if not runs:
         raise UserError(f"No run of this plan is finished in {records.path.parent}; run it first.")
-    runs = [record for run in wanted if (record := records.get(run)) is not None]
     stem.parent.mkdir(parents=True, exist_ok=True)
-    groups = dict.fromkeys(run.group for run in plan.runs())
-    tried = [trial for group in groups for trial in plan.trials(group, plan.runs())]
+    tried = [trial for trials in grid.trials.values() for trial in trials]
     trials = [record for trial in tried if (record := records.get(trial)) is not None]
     lines = [*trials, *runs]
     write_text(stem.with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
