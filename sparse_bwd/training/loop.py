@@ -50,7 +50,9 @@ class Trainer:
         self.stop_signal: int | None = None
         self.optimizer: torch.optim.Optimizer
         self.log: JsonLog
-        self.wrapped: nn.Module
+        self.wrapped: nn.Module = (
+            prepared.model
+        )  # what batches go through: in several processes, DDP around it
 
     @property
     def step(self) -> int:
