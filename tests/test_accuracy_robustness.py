@@ -55,6 +55,7 @@ def test_calibration_error_by_hand() -> None:
     assert robustness.calibration_error(shares, targets) == pytest.approx(want, abs=1e-6)
 
 
+@pytest.mark.long
 def test_the_report_of_a_grid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -277,6 +277,7 @@ def test_a_finished_grid_does_nothing_more(finished: Path, capfd: pytest.Capture
     assert (finished / "runs.jsonl").read_bytes() == before
 
 
+@pytest.mark.long
 def test_shards_share_a_folder(finished: Path, tmp_path: Path) -> None:
     plan = accuracy_plan.write(tmp_path, tuning={"lr": 0.1}, grid=accuracy_plan.words()["grid"][1:])
     for shard in ("2/2", "1/2"):

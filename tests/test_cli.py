@@ -222,7 +222,7 @@ def test_a_file_that_may_not_be_written_is_one_sentence(
 
 
 def test_ctrl_c_before_training_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: object) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sparse_bwd.training.run.prepare", interrupt)
@@ -255,7 +255,7 @@ def test_a_resume_on_another_machine_warns(tmp_path: Path, monkeypatch: pytest.M
     out = tmp_path / "run"
     assert finetune(out)[0] == 0
     (out / "result.json").unlink()
-    monkeypatch.setattr("sparse_bwd.training.run.machine", lambda device: {"torch": "0.1", "threads": 1})
+    monkeypatch.setattr("sparse_bwd.training.run.machine", lambda *_: {"torch": "0.1", "threads": 1})
     code, _, stderr = run("finetune", "--resume", "--out", out, "--model", TINY, "--quiet", "--no-measure")
     assert code == 0 and "this one has 0.1: the result will not be the same bit for bit" in stderr
 

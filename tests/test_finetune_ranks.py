@@ -85,6 +85,7 @@ def test_two_processes_train_the_network_of_one(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_ends_the_run_which_goes_on_with_fewer(tmp_path: Path) -> None:
     """Trained by two, then by one, it is the network that one alone trains."""
     out, options = tmp_path / "two", {"epochs": 60, "limit_train": 138}  # 4 steps per epoch

@@ -45,7 +45,7 @@ def bert() -> nn.Module:
 
 
 def policy_of(model: nn.Module) -> Policy:
-    return sb.VelocityPolicy(model, sb.Budget(fraction=0.2), {"input_ids": Words().rows[:4]})
+    return sb.VelocityPolicy(model, sb.Budget(fraction=0.05), {"input_ids": Words().rows[:4]})
 
 
 def trainer_of(model: nn.Module, folder: Path, epochs: float = 3, **options: Any) -> Any:

@@ -47,6 +47,7 @@ class CompactLayer(nn.Module):
     _synced: dict[str, Synced]
     _graph: dict[str, Tensor]  # what torch.compile reads of the compact Parameters (`compiled.py`)
     _original_flags: dict[str, bool]
+    any_length = True  # whether one graph of torch.compile serves every number of channels
     _sharded = False  # `sparse_bwd.distributed.shard` has made its tensors DTensors
 
     def _init_compact(self) -> None:
@@ -130,15 +131,17 @@ class CompactLayer(nn.Module):
         for name, slot in self._slots.items():
             part = self._parameters[TRAINABLE[name]]
             if slot.index is not None and part is not None and not is_sharded(part):
-                of_any_length(slot.index)
-                self._graph[name] = graph_view(part, slot.axis, is_channels_last(self._full(name)))
+                of_any_length(slot.index if self.any_length else None)
+                layout = is_channels_last(self._full(name))
+                self._graph[name] = graph_view(part, slot.axis if self.any_length else None, layout)
 
     def trained(self, name: str) -> Tensor | None:
         """The compact tensor of "weight" or "bias" as forward reads it; None if nothing of it is trained."""
         slot = self._slots.get(name)
         if torch.compiler.is_compiling() and slot is not None and slot.index is not None:
             view = self._graph[name]
-            same_length(view, slot.axis, slot.index)
+            if self.any_length:
+                same_length(view, slot.axis, slot.index)
             return view
         return self._parameters[TRAINABLE[name]]
 

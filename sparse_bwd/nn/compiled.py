@@ -41,18 +41,19 @@ class _Alias(torch.autograd.Function):
 
 
 @torch.enable_grad()
-def graph_view(part: nn.Parameter, dim: int, channels_last: bool) -> Tensor:
+def graph_view(part: nn.Parameter, dim: int | None, channels_last: bool) -> Tensor:
     """The values of a compact Parameter as graphs are given them: in its memory, with gradients going to it.
 
     Args:
-        dim: of its channels.
+        dim: of its channels; None: their number stays one that the graph knows.
         channels_last: whether the full tensor is. The strides are then those of that layout for k = 1 as well, where
             tensors of one memory may have several and a graph compares them.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     strides = torch.empty(part.shape, device="meta", memory_format=layout).stride()
     view: Tensor = _Alias.apply(part, strides if part.is_contiguous(memory_format=layout) else part.stride())
-    of_any_length(view, dim)
+    if dim is not None:
+        of_any_length(view, dim)
     return view
 
 

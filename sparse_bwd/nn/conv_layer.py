@@ -103,7 +103,7 @@ class ConvLayer(SparseLayer):
         super()._move_index(move)
         keep, spread, rows, pick, groups = self._plan
         self._plan = Plan(move(keep), move(spread), move(rows), move(pick), groups)
-        for vector in self._plan[:4]:
+        for vector in self._plan[:4] if self.any_length else ():
             of_any_length(vector)
 
     def by_channel(self, values: Tensor) -> Tensor:

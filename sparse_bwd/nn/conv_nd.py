@@ -126,7 +126,8 @@ def _weight_gradient(x: Tensor, dy: Tensor, kernel: torch.Size, walk: Walk, grou
     """dw of the convolution with these groups between the slices x [N, A, *] and dy [N, B, *]."""
     first, second = (x.shape[1], dy.shape[1]) if walk.transposed else (dy.shape[1], x.shape[1])
     like = x.new_empty(first, second // groups, *kernel)
-    if x.numel() == 0 or dy.numel() == 0:
+    # Not of channels: in a graph their number may be unknown, and there is at least one.
+    if 0 in (*x.shape[:1], *x.shape[2:], *dy.shape[2:]):
         return like.zero_()
     dw: Tensor = torch.ops.aten.convolution_backward(
         dy, x, like, None, *walk[:5], groups, [False, True, False]
@@ -244,6 +245,8 @@ class SparseConv3d(SlicedConv, nn.Conv3d):
 
 
 class _Transposed(SlicedConv):
+    any_length = False  # no graph follows the weight gradient with numbers of channels that it does not know
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         conv: Any = self
         extra = conv._output_padding(
