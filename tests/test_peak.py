@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from sparse_bwd.memory import Peak, peak_bytes, resident_bytes, step_peak
 from sparse_bwd.memory import events as allocator
@@ -160,3 +162,13 @@ def test_events_agree_with_the_process() -> None:
 
 def test_peak_adds_up() -> None:
     assert Peak(3, 4).total == 7
+
+
+def test_what_a_graph_was_traced_with_is_not_resident() -> None:
+    """Graphs that take a size as unknown keep tensors without data alive, whose size is no number."""
+    shapes = ShapeEnv()
+    with FakeTensorMode(shape_env=shapes):
+        fake = torch.empty(shapes.create_unbacked_symint(), 3)
+    traced = torch._to_functional_tensor(fake)
+    assert type(traced) is Tensor and isinstance(traced.untyped_storage().nbytes(), torch.SymInt)
+    assert type(resident_bytes()) is int
