@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy.__main__ import main
+from benchmarks.accuracy.__main__ import belong, main
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.plan import Group, Plan, Run, read_plan
 from benchmarks.accuracy.records import Records, key_of, read_lines
@@ -341,6 +341,21 @@ def test_runs_that_diverge_or_are_refused_are_recorded_as_such(tmp_path: Path) -
     assert found["40%"]["accuracy"] is None and found["40%"]["failed"] == "diverged"
     assert "lower --lr" in found["40%"]["error"]
     assert found["1KiB"]["failed"] == "refused" and "1,024 bytes" in found["1KiB"]["error"]
+
+
+def test_a_folder_belongs_to_runs_of_one_meaning(tmp_path: Path) -> None:
+    """A line names its method and data set: neither may come to mean something else."""
+    belong(tmp_path, a_plan(tmp_path))
+    belong(tmp_path, a_plan(tmp_path, tuning={"lr": 0.3}))
+    more = {**accuracy_plan.words()["methods"], "slowest": {"options": {"policy": "slowest"}}}
+    belong(tmp_path, a_plan(tmp_path, methods=more))
+    for changes, what in (
+        ({"recipe": {**accuracy_plan.words()["recipe"], "epochs": 3}}, "recipe"),
+        ({"methods": {**more, "slowest": {"options": {"policy": "full"}}}}, "methods slowest"),
+        ({"budgets": {"small": {"ours": "300"}}}, "budgets small"),
+    ):
+        with pytest.raises(UserError, match=rf"means otherwise \({what}\); give another --out"):
+            belong(tmp_path, a_plan(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_bwd as sb
+from sparse_bwd.nn import SparseLayer
 from tests import cases
 from tests.cases import AXES, SELECTIONS, is_depthwise
 from tests.drive import bias_index, gradient_of, run_ours, run_stock
@@ -290,6 +291,18 @@ def test_embedding(index: list[int] | None, by_frequency: bool, dtype: torch.dty
     )
     assert saved == ids.nbytes + (0 if index is None else 8 * len(index))
     assert ours.trainable_weight.grad.untyped_storage().nbytes() == ours.trainable_weight.nbytes
+
+
+def test_an_embedding_has_no_velocity() -> None:
+    """And a layer that lacks an answer to a policy's question cannot be made."""
+    with pytest.raises(TypeError, match="no responses by channel; name its tokens"):
+        sb.SparseEmbedding(5, 3).by_channel(torch.zeros(2, 3))
+
+    class Unfinished(SparseLayer, nn.Identity):
+        pass
+
+    with pytest.raises(TypeError, match="abstract"):
+        Unfinished()
 
 
 def test_words() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.accuracy.command import common_parser, find_data, find_weights, 
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.plan import Plan, read_plan
 from benchmarks.accuracy.records import Records
+from sparse_bwd.files import write_json
 from sparse_bwd.training import UserError
 
 
@@ -64,11 +66,39 @@ def run(plan: Plan, options: argparse.Namespace) -> int:
         "download": options.download, "checkpoint_minutes": 1.0,
     }  # fmt: skip
     with _alone(options.out / f".{name}.lock"):
+        belong(options.out, plan)
         records = Records(options.out, name)
         grid = Grid(
             plan, runs, options.out, records, sources, weights, runtime, options.jobs, options.minutes
         )
         return 1 if grid.carry_out() else 0
+
+
+def belong(folder: Path, plan: Plan) -> None:
+    """UserError if the folder has runs of a plan under whose names other runs were meant: a line says names only.
+
+    Seeds, budgets to run and learning rates on trial may change from call to call.
+    """
+    path = folder / ".plan.json"
+    meant = {
+        "recipe": {"": plan.recipe},
+        "data": plan.data,
+        "models": plan.models,
+        "methods": {name: entry["options"] for name, entry in plan.methods.items()},
+        "budgets": plan.budgets,
+    }
+    before = json.loads(path.read_text()) if path.exists() else {kind: {} for kind in meant}
+    changed = [
+        f"{kind} {name}".strip()
+        for kind, entries in before.items()
+        for name, entry in entries.items()
+        if meant[kind].get(name, entry) != entry
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds runs that this plan means otherwise ({', '.join(changed)}); give another --out."
+        )
+    write_json(path, {kind: {**before[kind], **meant[kind]} for kind in meant})
 
 
 def _shard(text: str) -> tuple[int, int]:

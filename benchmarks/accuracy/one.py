@@ -66,12 +66,12 @@ def _finish(config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     if found is not None:
         saved, state = found
         if saved.to_json() != config.to_json():
-            raise UserError(
-                f"{runtime.out} holds a run with another configuration: remove it, or give another --out."
-            )
+            raise UserError(f"{runtime.out} holds a run with another configuration: give another --out.")
         return resume(config, runtime, state)
     if (runtime.out / "result.json").exists():  # killed between its last file and its line
         result: dict[str, Any] = json.loads((runtime.out / "result.json").read_text())
+        if result["config"] != config.to_json():
+            raise UserError(f"{runtime.out} holds a run with another configuration: give another --out.")
         return result
     return finetune(config, runtime, after_kill=True)
 

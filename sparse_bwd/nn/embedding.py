@@ -99,6 +99,10 @@ class SparseEmbedding(SparseLayer, nn.Embedding):
     def positions(self, x: Tensor, y: Tensor) -> int:
         return 0
 
+    def by_channel(self, values: Tensor) -> Tensor:
+        """TypeError: no element of the output belongs to a token that the input does not have."""
+        raise TypeError("SparseEmbedding has no responses by channel; name its tokens in a Selection.")
+
     def is_batched(self, values: Tensor) -> bool:
         return values.dim() > 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from sparse_bwd.nn.compact import CompactLayer
 from sparse_bwd.nn.slot import Slot
 
 
-class SparseLayer(CompactLayer):
+class SparseLayer(CompactLayer, ABC):
     """A layer that trains selected channels only. It keeps `weight` and `bias` whole and frozen under their names."""
 
     if TYPE_CHECKING:
@@ -28,14 +29,15 @@ class SparseLayer(CompactLayer):
             if parameter is not None:
                 parameter.requires_grad_(False)
 
+    @abstractmethod
     def num_channels(self, axis: str = "out") -> int:
         """Channels on the axis: of the output ("out") or of the input ("in")."""
-        raise NotImplementedError
 
+    @abstractmethod
     def channel_cost(self, axis: str = "out") -> int:
         """Weights of one channel (its bias is not counted)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_channels(
         self, index: Iterable[int] | Tensor | None, axis: str = "out", bias: str = "selected"
     ) -> None:
@@ -47,15 +49,14 @@ class SparseLayer(CompactLayer):
         Raises:
             ValueError, TypeError: the index or a word does not fit the layer.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def by_channel(self, values: Tensor) -> Tensor:
         """View of an input or output as [samples, channels, *]: one vector per sample and channel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def is_batched(self, values: Tensor) -> bool:
         """Whether the first axis of an input counts samples."""
-        raise NotImplementedError
 
     def stock_name(self, owner: str, kind: str) -> str:
         """Name of the full "weight" or "bias" in the stock model, where this layer's name is `owner`."""
