@@ -14,6 +14,7 @@ from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.figures import styles
 from benchmarks.accuracy.significance import spread
 from benchmarks.accuracy.tables import row, shown
+from benchmarks.figures import save
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES, pyplot
 
 
@@ -66,9 +67,7 @@ def draw(cells: Sequence[Cell], path: Path) -> str:
         panels[0][0].set_ylabel("accuracy (%); thin: training")
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        plt.close(figure)
+        save(figure, path)
     return path.name
 
 

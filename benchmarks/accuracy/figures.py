@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.accuracy.cells import Cell
 from benchmarks.accuracy.tables import budget_order
+from benchmarks.figures import save
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES, pyplot
 
 # Told apart by marker and line, so that grey is enough; colours run from dark to light.
@@ -59,9 +60,7 @@ def draw(cells: Sequence[Cell], place: Place, label: str, path: Path, front: boo
         figure.legend(
             handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        plt.close(figure)
+        save(figure, path)
     return path.name
 
 

@@ -15,6 +15,7 @@ from benchmarks.accuracy.parts import NONE, PARTS, RANDOM, SCORED
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.significance import MIN_PAIRS, interval
 from benchmarks.accuracy.tables import p_value, row
+from benchmarks.figures import save
 from sparse_bwd.files import write_text
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES, pyplot
 from sparse_bwd.measure.machine import command_line, machine
@@ -104,9 +105,7 @@ def draw(lines: Sequence[Line], path: Path) -> str:
             panel.set_xticks(range(1, PARTS + 1))
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        plt.close(figure)
+        save(figure, path)
     return path.name
 
 

@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accuracy.figures import styles
+from benchmarks.figures import save
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES, pyplot
 
 Summary = Mapping[str, Any]
 _IN_A_ROW = 4
 
 
-def _save(plt: Any, figure: Any, path: Path) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+def _save(figure: Any, path: Path) -> str:
+    save(figure, path)
     return path.name
 
 
@@ -61,7 +60,7 @@ def draw_maps(one: Summary, path: Path) -> str:
         bar = figure.colorbar(picture, ax=panels, location="bottom", shrink=0.6, aspect=40, ticks=ticks)
         bar.ax.set_xticklabels([f"{tick:.0%}" for tick in ticks])
         bar.set_label(f"share of the layer's channels that is trained ({one['data']})")
-        return _save(plt, figure, path)
+        return _save(figure, path)
 
 
 def draw_layers(networks: Sequence[Summary], path: Path) -> str:
@@ -90,7 +89,7 @@ def draw_layers(networks: Sequence[Summary], path: Path) -> str:
         figure.legend(
             handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9
         )
-        return _save(plt, figure, path)
+        return _save(figure, path)
 
 
 def draw_overlaps(networks: Sequence[Summary], path: Path) -> str:
@@ -128,7 +127,7 @@ def draw_overlaps(networks: Sequence[Summary], path: Path) -> str:
         figure.legend(
             handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9
         )
-        return _save(plt, figure, path)
+        return _save(figure, path)
 
 
 def draw_classes(one: Summary, path: Path) -> str:
@@ -158,4 +157,4 @@ def draw_classes(one: Summary, path: Path) -> str:
         side.set_title("selectivity")
         side.set_xlabel("variance explained\nby the classes (%)")
         figure.legend(loc="outside lower right", frameon=False, fontsize=8)
-        return _save(plt, figure, path)
+        return _save(figure, path)

@@ -29,6 +29,7 @@ from benchmarks.accuracy.plan import Plan, Run, read_plan
 from benchmarks.accuracy.records import Records
 from benchmarks.accuracy.significance import interval, spread
 from benchmarks.accuracy.tables import row, shown
+from benchmarks.figures import save
 from sparse_bwd.files import write_json, write_text
 from sparse_bwd.measure.figure_style import STYLE, WIDTH_INCHES, pyplot
 from sparse_bwd.measure.machine import command_line, commit, machine
@@ -266,8 +267,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
             line[0].set_ylabel(f"{name}: accuracy (%)")
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-        figure.savefig(path)
-        plt.close(figure)
+        save(figure, path)
 
 
 def _line(
