@@ -37,10 +37,8 @@ class RoundRobinPolicy(BudgetPolicy):
 
 def main():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(32, 10),
-    )  # fmt: skip
+    convolutions = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU()]
+    model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
     images, labels = torch.randn(64, 3, 16, 16), torch.randint(10, (64,))
     sb.convert(model)
     print(LastLayersPolicy(model, sb.Budget(fraction=0.2)).step().summary(model))

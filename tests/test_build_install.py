@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging import copy_sources, run, setup
+from tests.packaging import ROOT, copy_sources, run, setup
 
 pytestmark = [
     pytest.mark.long,
@@ -23,19 +23,7 @@ pytestmark = [
 pytest.importorskip("build")
 pytest.importorskip("setuptools", minversion="77")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-SMOKE = """
-import json, torch, sparse_bwd as sb
-from sparse_bwd.ops import backend
-model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, groups=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
-                            torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.LazyLinear(2))
-x = torch.randn(2, 3, 10, 10)
-before = model(x)
-sb.convert(model)
-sb.RandomPolicy(model, sb.Budget(fraction=0.5)).step()
-model(x).sum().backward()
-print(json.dumps({"file": sb.__file__, "missing": backend.missing("cpu"),
-                  "trained": sum(p.grad is not None for p in sb.trainable_parameters(model))}))
-"""
+SMOKE = ROOT / ".ci" / "smoke.py"
 
 
 @pytest.fixture
@@ -52,7 +40,7 @@ def installed(tmp_path: Path) -> Path:
 
 def smoke(interpreter: Path, where: Path) -> dict[str, str]:
     """Train one step with what is installed there, and say who served it."""
-    done = run([str(interpreter), "-c", SMOKE], where)
+    done = run([str(interpreter), str(SMOKE)], where)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["file"].startswith(str(interpreter.parent.parent)) and told["trained"]

@@ -99,6 +99,33 @@ def test_version_is_consistent():
     assert not others, f"the version belongs into sparse_bwd/version.py only, not into {others}"
 
 
+def test_examples_are_short():
+    long = {path.name: text_of(path).count("\n") for path in (ROOT / "examples").glob("*.py")}
+    assert {
+        "custom_loop.py",
+        "lightning.py",
+        "hugging_face.py",
+        "ddp.py",
+        "own_policy.py",
+        "own_model.py",
+    } <= set(long)
+    assert max(long.values()) <= 60, long
+
+
+def test_the_workflow_of_wheels_serves_every_platform_and_names_files_that_exist():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())
+    jobs = workflow["jobs"]
+    machines = {entry["machine"] for entry in jobs["native"]["strategy"]["matrix"]["include"]}
+    machines |= set(jobs["pure-test"]["strategy"]["matrix"]["machine"])
+    kinds = {re.sub(r"-[\d.]+", "", machine) for machine in machines}
+    assert kinds == {"ubuntu", "ubuntu-arm", "macos", "windows"}
+    assert set(jobs["release"]["needs"]) == {"native", "pure-test"} and jobs["pure-test"]["needs"] == "pure"
+    assert "sha256sum" in yaml.dump(jobs["release"])
+    settings = text_of(ROOT / "pyproject.toml").partition("[tool.cibuildwheel]")[2]
+    named = re.findall(r"(?:\.\./|\{project\}/)(\S+\.py)", settings + yaml.dump(jobs))
+    assert len(named) == 2 and all((ROOT / name).is_file() for name in named), named
+
+
 def test_setup_py_is_small():
     assert len((ROOT / "setup.py").read_text().splitlines()) <= 90
 
