@@ -2,7 +2,7 @@
 
     python -m benchmarks.gallery --out benchmarks/results
 
-Per network two training steps, ours beside masked dense (`gallery_steps.py`), on both axes, then bytes of one forward:
+Per network two training steps, ours beside masked dense (`gallery_steps.py`), on the axes asked for, then bytes of one forward:
 
     dense        saved bytes of the plain network, trained whole, norms on the statistics that they have
     ours         saved bytes of the converted one with a random tenth of the weights selected
@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
-import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +26,26 @@ import torch
 from torch import nn
 
 import sparse_bwd as sb
-from benchmarks.gallery_networks import ARCHITECTURES, BATCH
+from benchmarks.gallery_networks import ARCHITECTURES
+from benchmarks.gallery_report import AXES, page
 from benchmarks.gallery_steps import TOLERANCE, Agreement, agreement, batches, converted, network
 from sparse_bwd.files import write_json
 from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.memory import explain, saved_bytes
 
 Json = dict[str, Any]
-MIB = 2**20
-AXES = ("out", "in")
 
 
-def measure(name: str) -> Json:
-    """One network: how far its training is from dense on both axes, and its bytes."""
+def measure(name: str, axes: Sequence[str] = AXES) -> Json:
+    """One network: how far its training is from dense on `axes`, and its bytes on both."""
     began = time.perf_counter()
-    agreed = {axis: agreement(name, axis) for axis in AXES}
+    plain = network(name)
+    agreed = {axis: agreement(name, axis, plain) for axis in axes}
     return {
         "network": name,
         "library": ARCHITECTURES[name].library,
         "size": ARCHITECTURES[name].size,
-        **coverage(name),
+        **coverage(plain, batches(name)[0][0]),
         "agreement": {axis: _errors(found) for axis, found in agreed.items()},
         "seconds": time.perf_counter() - began,
     }
@@ -65,9 +64,8 @@ def _errors(found: dict[torch.dtype, Agreement]) -> Json:
     }
 
 
-def coverage(name: str) -> Json:
+def coverage(plain: nn.Module, images: torch.Tensor) -> Json:
     """Bytes of one forward, dense and ours; what of dense's is left to stock code, by reason, most first."""
-    plain, images = network(name), batches(name)[0][0]
     found: Json = {"dense": saved_bytes(lambda: plain(images), plain), "ours": {}}
     for axis in AXES:
         model, report, _ = converted(plain, axis)
@@ -99,120 +97,11 @@ def left_dense(plain: nn.Module, images: torch.Tensor) -> dict[str, int]:
     return found
 
 
-# Reasons of `explain` as words of a table, and what they have in common.
-_KINDS = (
-    (r"operations in the forward of (\w+)", "operations in a forward"),
-    (r"subclass: [\w.]*?(\w+) is not", "subclass of a stock layer"),
-    (r"bypassed by its parent (\w+)", "its parent reads its weight"),
-    (r"(\w+) has no lean version", "no lean version"),
-    (r"(trained whole), beside", "trained whole on purpose: classifier"),
-)
-
-
-def kind_of(reason: str) -> tuple[str, str]:
-    """A reason of `explain` as (kind, class that it names)."""
-    for pattern, kind in _KINDS:
-        if match := re.search(pattern, reason):
-            return kind, match[1]
-    return reason, ""
-
-
-def table(record: Json) -> str:
-    """A row per network."""
-    lines = [
-        "| network | params | converted / skipped | dense MiB | ours MiB, out | in | of dense | lean share "
-        "| largest that stays dense (share of dense's bytes) | error, fp64 | fp32 |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|---|--:|--:|",
-    ]
-    for row in record["networks"]:
-        reason, amount = next(iter(row["left"].items()), ("", 0))
-        kind, name = kind_of(reason)
-        stays = (
-            f"{kind}{f' ({name})' if name else ''}: {100 * amount / row['dense']:.0f} %"
-            if amount
-            else "nothing"
-        )
-        ours, dense = (row["ours"][axis] for axis in AXES), row["dense"]
-        wide, narrow = (
-            max(row["agreement"][axis][dtype]["error"] for axis in AXES) for dtype in ("float64", "float32")
-        )
-        sizes = " | ".join(f"{each / MIB:.2f}" for each in ours)
-        shares = " / ".join(f"{row['ours'][axis] / dense:.2f}" for axis in AXES)
-        lines.append(
-            f"| {row['network']} | {row['parameters'] / 1e6:.2f} M | {row['converted']} / {row['skipped']} "
-            f"| {dense / MIB:.2f} | {sizes} | {shares} | {100 * row['lean']:.0f} % | {stays} "
-            f"| {wide:.0e} | {narrow:.0e} |"
-        )
-    return "\n".join(lines)
-
-
-def kinds_table(record: Json) -> str:
-    """What stays dense by kind: in how many networks, its share of their dense bytes, the classes that keep most."""
-    shares: dict[str, dict[str, float]] = {}
-    classes: dict[str, dict[str, float]] = {}
-    for row in record["networks"]:
-        for reason, amount in row["left"].items():
-            kind, name = kind_of(reason)
-            share = amount / row["dense"]
-            per_network = shares.setdefault(kind, {})
-            per_network[row["network"]] = per_network.get(row["network"], 0.0) + share
-            per_class = classes.setdefault(kind, {})
-            per_class[name] = per_class.get(name, 0.0) + share
-    lines = [
-        "| what stays dense | networks | share of dense's bytes there, median (most) | classes, most first |"
-    ]
-    lines.append("|---|--:|--:|---|")
-    for kind, found in sorted(shares.items(), key=lambda item: -sum(item[1].values())):
-        names = sorted((n for n in classes[kind] if n), key=lambda n: -classes[kind][n])
-        words = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        lines.append(
-            f"| {kind} | {len(found)} | {100 * statistics.median(found.values()):.1f} % "
-            f"({100 * max(found.values()):.0f} %) | {words} |"
-        )
-    return "\n".join(lines)
-
-
-def summary(record: Json) -> str:
-    """The result in one sentence per question."""
-    rows = record["networks"]
-    equal = sum(all(e["equal"] for axis in AXES for e in row["agreement"][axis].values()) for row in rows)
-    lean = sorted(row["lean"] for row in rows)
-    ratio = {axis: statistics.median(row["ours"][axis] / row["dense"] for row in rows) for axis in AXES}
-    libraries = {row["library"] for row in rows}
-    counts = " and ".join(
-        f"{sum(r['library'] == each for r in rows)} of {each}" for each in sorted(libraries)
-    )
-    worst = {
-        dtype: max(row["agreement"][axis][dtype]["error"] for row in rows for axis in AXES)
-        for dtype in ("float64", "float32")
-    }
-    return (
-        f"{len(rows)} networks, {counts}: {equal} give the values of masked dense on both axes (largest error "
-        f"{worst['float64']:.0e} in fp64, {worst['float32']:.0e} in fp32). Lean share: median "
-        f"{100 * statistics.median(lean):.0f} %, from {100 * lean[0]:.0f} to {100 * lean[-1]:.0f} %; "
-        f'median of ours / dense at a tenth of the weights: {ratio["out"]:.2f} on axis "out", '
-        f'{ratio["in"]:.2f} on "in".'
-    )
-
-
-def page(record: Json) -> str:
-    """The results as Markdown."""
-    versions = ", ".join(f"{name} {value}" for name, value in record["machine"]["versions"].items())
-    origin = (
-        f"`{record['command']}`, commit {record['commit']}, {record['machine']['processor']}; {versions}."
-    )
-    how = (
-        f"Batch {BATCH}, fp32 bytes, norms frozen; columns and tolerances as in docs/gallery.md and at the top of "
-        "benchmarks/gallery.py and benchmarks/gallery_steps.py. Not measured on a GPU yet."
-    )
-    parts = ["# Gallery", summary(record), how, kinds_table(record), table(record), origin]
-    return "\n\n".join(parts) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="A gallery of networks: values and coverage.")
     parser.add_argument("--out", type=Path, default=Path("gallery-results"))
     parser.add_argument("--networks", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES, help="of the training steps")
     options = parser.parse_args()
     torch.set_num_threads(1)
     record: Json = {
@@ -221,9 +110,9 @@ def main() -> None:
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.networks:
-        row = measure(name)
+        row = measure(name, options.axes)
         record["networks"].append(row)
-        errors = {axis: {k: e["error"] for k, e in row["agreement"][axis].items()} for axis in AXES}
+        errors = {axis: {k: e["error"] for k, e in found.items()} for axis, found in row["agreement"].items()}
         print(f"{name}: lean {100 * row['lean']:.0f} %, {errors}, {row['seconds']:.0f} s", flush=True)
         write_json(options.out / "gallery.json", record)
     (options.out / "gallery.md").write_text(page(record))

@@ -164,9 +164,9 @@ def compare(ours: State, dense: State, start: State, masks: Mapping[str, Tensor]
     return Agreement(errors[where], where, tuple(moved), len(errors) - 1)
 
 
-def agreement(name: str, axis: str) -> dict[torch.dtype, Agreement]:
-    """Both comparisons of one network: ours in fp64 and in fp32, each beside masked dense in fp64."""
-    plain, data = network(name), batches(name)
+def agreement(name: str, axis: str, made: nn.Module | None = None) -> dict[torch.dtype, Agreement]:
+    """Both comparisons of one network (`made`, else built): ours in fp64 and fp32, each beside masked dense in fp64."""
+    plain, data = network(name) if made is None else made, batches(name)
     _, report, selection = converted(plain, axis)
     masks = trained_masks(plain, selection, trained_outside(plain, report))
     dense, start = dense_steps(plain, masks, data), plain.state_dict()
