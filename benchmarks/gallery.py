@@ -2,7 +2,7 @@
 
     python -m benchmarks.gallery --out benchmarks/results
 
-Per network two training steps, ours beside masked dense (`gallery_steps.py`), on the axes asked for, then bytes of one forward:
+Per network two training steps on the axes asked for, ours beside masked dense (`gallery_steps.py`), and bytes:
 
     dense        saved bytes of the plain network, trained whole, norms on the statistics that they have
     ours         saved bytes of the converted one with a random tenth of the weights selected
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import nn
 import sparse_bwd as sb
 from benchmarks.gallery_networks import ARCHITECTURES
 from benchmarks.gallery_report import AXES, page
-from benchmarks.gallery_steps import TOLERANCE, Agreement, agreement, batches, converted, network
+from benchmarks.gallery_steps import Agreement, agreement, batches, converted, network
 from sparse_bwd.files import write_json
 from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.memory import explain, saved_bytes
@@ -57,7 +58,8 @@ def _errors(found: dict[torch.dtype, Agreement]) -> Json:
         str(dtype).removeprefix("torch."): {
             "error": value.error,
             "where": value.where,
-            "equal": value.error <= TOLERANCE[dtype] and not value.moved,
+            "limit": value.limit,
+            "equal": value.equal,
             "parameters": value.parameters,
         }
         for dtype, value in found.items()
@@ -97,10 +99,17 @@ def left_dense(plain: nn.Module, images: torch.Tensor) -> dict[str, int]:
     return found
 
 
+def _continued(before: Json, now: Json) -> Json:
+    """The record that was there, with a note of the command and commit by which some of its rows are measured anew."""
+    note = {"command": now["command"], "commit": now["commit"]}
+    return {**before, "continued": [*before.get("continued", []), note]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A gallery of networks: values and coverage.")
     parser.add_argument("--out", type=Path, default=Path("gallery-results"))
     parser.add_argument("--networks", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument("--keep", action="store_true", help="rows of the others that --out has stay")
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES, help="of the training steps")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -109,9 +118,14 @@ def main() -> None:
         "commit": commit(Path(__file__).parent), "machine": machine(), "networks": [],
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.keep:
+        record = _continued(json.loads((options.out / "gallery.json").read_text()), record)
     for name in options.networks:
         row = measure(name, options.axes)
-        record["networks"].append(row)
+        others = [kept for kept in record["networks"] if kept["network"] != name]
+        record["networks"] = sorted(
+            [*others, row], key=lambda each: list(ARCHITECTURES).index(each["network"])
+        )
         errors = {axis: {k: e["error"] for k, e in found.items()} for axis, found in row["agreement"].items()}
         print(f"{name}: lean {100 * row['lean']:.0f} %, {errors}, {row['seconds']:.0f} s", flush=True)
         write_json(options.out / "gallery.json", record)

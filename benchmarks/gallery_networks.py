@@ -23,7 +23,7 @@ from torchvision.models import convnext, efficientnet, regnet, swin_transformer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 CLASSES, BATCH = 10, 2
-Build = Callable[[], nn.Module]
+Build = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Architecture:
     build: Build
 
 
-def _narrow(build: Build) -> nn.Module:
+def _narrow(build: Build) -> Any:
     """A network whose classifier's hidden layers have 64 features instead of 4,096, which are never allocated."""
     with torch.device("meta"):
         model: Any = build()
@@ -48,15 +48,15 @@ def _narrow(build: Build) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
-def _vgg(norm: bool) -> nn.Module:
+def _vgg(norm: bool) -> Any:
     layers = tv.vgg.make_layers([16, "M", 32, "M", 64, "M", 512, "M"], batch_norm=norm)
     return tv.VGG(layers, num_classes=CLASSES, init_weights=False, dropout=0.0)
 
 
-def _efficientnet_v2() -> nn.Module:
+def _efficientnet_v2() -> Any:
     setting = [
         efficientnet.FusedMBConvConfig(1, 3, 1, 16, 16, 1),
         efficientnet.FusedMBConvConfig(4, 3, 2, 16, 32, 2),
@@ -65,7 +65,7 @@ def _efficientnet_v2() -> nn.Module:
     return tv.EfficientNet(setting, 0.0, 0.0, num_classes=CLASSES, last_channel=256)
 
 
-def _convnext() -> nn.Module:
+def _convnext() -> Any:
     setting = [
         convnext.CNBlockConfig(24, 48, 2),
         convnext.CNBlockConfig(48, 96, 2),
@@ -74,28 +74,28 @@ def _convnext() -> nn.Module:
     return tv.ConvNeXt(setting, stochastic_depth_prob=0.0, num_classes=CLASSES)
 
 
-def _regnet(squeeze: float | None) -> nn.Module:
+def _regnet(squeeze: float | None) -> Any:
     block = regnet.BlockParams.from_init_params(
         depth=6, w_0=24, w_a=24.0, w_m=2.5, group_width=8, se_ratio=squeeze
     )
     return tv.RegNet(block, num_classes=CLASSES, stem_width=16)
 
 
-def _swin(**version: Any) -> nn.Module:
+def _swin(**version: Any) -> Any:
     return tv.SwinTransformer(
         [4, 4], 24, [2, 2], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=CLASSES, **version
     )
 
 
-def _maxvit() -> nn.Module:
+def _maxvit() -> Any:
     return tv.MaxVit((64, 64), 16, 4, [16, 32], [1, 1], 8, stochastic_depth_prob=0.0, num_classes=CLASSES)
 
 
-def _mlp(**kind: Any) -> nn.Module:
+def _mlp(**kind: Any) -> Any:
     return MlpMixer(CLASSES, 32, patch_size=8, num_blocks=2, embed_dim=24, **kind)
 
 
-def _poolformer() -> nn.Module:
+def _poolformer() -> Any:
     return metaformer.MetaFormer(
         depths=(1, 1, 1, 1), dims=(16, 24, 32, 48), num_classes=CLASSES, downsample_norm=None,
         token_mixers=metaformer.Pooling, mlp_act=nn.GELU, mlp_bias=True, norm_layers=metaformer.GroupNorm1,

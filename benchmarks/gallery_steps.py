@@ -8,16 +8,17 @@ statistics that they have. For every parameter that trains, u being the update o
 
 A missing update gives 1, one of ten channels missing or wrong about 0.3. Ours in fp64 (eps 2e-16) must be within 1e-6:
 sums of a few thousand products, a hundred layers deep, lose a few of sixteen digits, and backward of PyTorch's
-hardsigmoid has 1/6 in fp32 even then, 3e-8 away. Ours in fp32 must be within 0.1: where rounding moves an activation
-over the kink of a ReLU its gradient comes or goes as a whole, in PyTorch as here, and on images of few pixels one
-position counts for hundredths. What does not train must keep its bits.
+hardsigmoid has 1/6 in fp32 even then, 3e-8 away. In fp32 rounding moves an activation over the kink of a ReLU, or the
+maximum of a window to another pixel, and a gradient comes or goes as a whole, in PyTorch as here; on images of few
+pixels one position counts for hundredths. So ours in fp32 must be within 0.1, or where it is not, within 4 times the
+error that masked dense itself has in fp32. What does not train must keep its bits.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -105,13 +106,15 @@ def converted(plain: nn.Module, axis: str) -> tuple[nn.Module, sb.Report, sb.Sel
     return model, report, policy.selection
 
 
-def dense_steps(plain: nn.Module, masks: Mapping[str, Tensor], data: list[Batch]) -> State:
-    """The state of a copy of `plain` in fp64 after masked steps."""
-    model = copy.deepcopy(plain).double()
+def dense_steps(
+    plain: nn.Module, masks: Mapping[str, Tensor], data: list[Batch], dtype: torch.dtype = torch.float64
+) -> State:
+    """The state of a copy of `plain` in `dtype` after masked steps."""
+    model = copy.deepcopy(plain).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     trainer = MaskedTrainer(model, dict(masks), optimizer)
     for images, labels in data:
-        F.cross_entropy(model(images.double()), labels).backward()
+        F.cross_entropy(model(images.to(dtype)), labels).backward()
         trainer.mask_gradients()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         trainer.step()
@@ -136,12 +139,21 @@ def our_steps(
 
 @dataclass(frozen=True)
 class Agreement:
-    """How ours differs from masked dense: the largest error of a parameter, its name, and what moved but must not."""
+    """How ours differs from masked dense: the largest error of a parameter, its name, and what moved but must not.
+
+    limit: what is tolerated, which above 0.1 is 4 times the error of masked dense in the same precision.
+    """
 
     error: float
     where: str
     moved: tuple[str, ...]
     parameters: int  # compared, that is, with something that trains
+    limit: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether the values are those of masked dense."""
+        return self.error <= self.limit and not self.moved
 
 
 def compare(ours: State, dense: State, start: State, masks: Mapping[str, Tensor]) -> Agreement:
@@ -151,6 +163,7 @@ def compare(ours: State, dense: State, start: State, masks: Mapping[str, Tensor]
             "The keys of the state dict are not those of the network before; compare restored networks."
         )
     errors, moved = {"": 0.0}, []
+    dtype = next(value.dtype for value in ours.values() if value.is_floating_point())
     for key, value in ours.items():
         mask = masks.get(key, torch.zeros(value.shape, dtype=torch.bool))
         before = start[key].to(value.dtype)
@@ -161,7 +174,7 @@ def compare(ours: State, dense: State, start: State, masks: Mapping[str, Tensor]
             update = float((dense[key] - before)[mask].norm())
             errors[key] = float((value.double() - dense[key])[mask].norm()) / (update + scale + 1e-300)
     where = max(errors, key=lambda key: errors[key])
-    return Agreement(errors[where], where, tuple(moved), len(errors) - 1)
+    return Agreement(errors[where], where, tuple(moved), len(errors) - 1, TOLERANCE[dtype])
 
 
 def agreement(name: str, axis: str, made: nn.Module | None = None) -> dict[torch.dtype, Agreement]:
@@ -170,6 +183,11 @@ def agreement(name: str, axis: str, made: nn.Module | None = None) -> dict[torch
     _, report, selection = converted(plain, axis)
     masks = trained_masks(plain, selection, trained_outside(plain, report))
     dense, start = dense_steps(plain, masks, data), plain.state_dict()
-    return {
+    found = {
         dtype: compare(our_steps(plain, selection, data, dtype), dense, start, masks) for dtype in TOLERANCE
     }
+    narrow = found[torch.float32]
+    if narrow.error > narrow.limit:
+        same = compare(dense_steps(plain, masks, data, torch.float32), dense, start, masks)
+        found[torch.float32] = replace(narrow, limit=max(narrow.limit, 4 * same.error))
+    return found
