@@ -117,6 +117,8 @@ def page(record: Json) -> str:
     origin = (
         f"`{record['command']}`, commit {record['commit']}, {record['machine']['processor']}; {versions}."
     )
+    for note in record.get("continued", []):
+        origin += f" Some rows by `{note['command']}`, commit {note['commit']}."
     how = (
         "Two images per batch, fp32 bytes, norms frozen; columns and tolerances are explained in docs/gallery.md and "
         "at the top of benchmarks/gallery.py and benchmarks/gallery_steps.py. Not measured on a GPU yet."

@@ -44,10 +44,10 @@ RECORD: dict[str, Any] = json.loads((readme.RESULTS / "gallery.json").read_text(
 
 @pytest.mark.parametrize(("name", "axis"), CASES)
 def test_two_steps_equal_masked_dense(name: str, axis: str) -> None:
-    """In fp64 to six digits of the update, in fp32 to the kinks of the activations; all else keeps its bits."""
+    """In fp64 to six digits of the update, in fp32 as far as PyTorch in fp32; all else keeps its bits."""
     for dtype, found in agreement(name, axis).items():
         assert not found.moved, f"{dtype}: {found.moved} moved, but nothing there was selected"
-        assert found.error <= TOLERANCE[dtype], f"{dtype}: error {found.error:.1e} in {found.where}"
+        assert found.equal, f"{dtype}: error {found.error:.1e} over {found.limit:.1e} in {found.where}"
         assert found.parameters > 4
 
 
