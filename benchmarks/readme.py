@@ -1,10 +1,10 @@
-"""Fill the marked tables of README.md from the JSON files in benchmarks/results: `make results`.
+"""Fill the marked tables of README.md and docs/gallery.md from the JSON files in benchmarks/results: `make results`.
 
-Pages and figures of `benchmarks.standard` are made from theirs again, too.
+Pages and figures of `benchmarks.standard` and the page of `benchmarks.gallery` are made from theirs again, too.
 
 A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`; its table is made from
-`benchmarks/results/NAME.json` or the file in FILES. Numbers reach the README by this script only, and
-`tests/test_project.py` holds them to the files.
+`benchmarks/results/NAME.json` or the file in FILES. Numbers reach the pages by this script only, and
+`tests/test_project.py` and `tests/test_gallery.py` hold them to the files.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import standard
+from benchmarks import gallery_report, standard
 from benchmarks.accuracy import summary
 
 MIB = 2**20
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "gallery.md")
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results:(?P=name) -->)", re.DOTALL)
 
 
@@ -71,12 +72,19 @@ def bench_table(record: dict[str, Any]) -> str:
 
 
 # Where a block's results are, if not in NAME.json.
-FILES = {"accuracy": "accuracy/small.jsonl"}
+FILES = {
+    "accuracy": "accuracy/small.jsonl",
+    "gallery-summary": "gallery.json",
+    "gallery-kinds": "gallery.json",
+}
 TABLES: dict[str, Callable[[Any], str]] = {
     "signs": signs_table,
     "accuracy": accuracy_table,
     "bench-cpu": bench_table,
     "bench-cuda": bench_table,
+    "gallery": lambda record: "\n" + gallery_report.table(record),
+    "gallery-summary": lambda record: "\n" + gallery_report.summary(record),
+    "gallery-kinds": lambda record: "\n" + gallery_report.kinds_table(record),
 }
 
 
@@ -87,9 +95,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
         name = match["name"]
         path = results / FILES.get(name, f"{name}.json")
         if name not in TABLES:
-            raise ValueError(
-                f"README.md has a block results:{name}, which benchmarks/readme.py does not know."
-            )
+            raise ValueError(f"A page has a block results:{name}, which benchmarks/readme.py does not know.")
         table = TABLES[name](_read(path)) + "\n" if path.exists() else ""
         return match[1] + table + match[3]
 
@@ -105,8 +111,10 @@ def _read(path: Path) -> Any:
 def main() -> None:
     for path in RESULTS.glob("bench-*.json"):
         standard.show(path)
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    gallery = RESULTS / "gallery.json"
+    gallery.with_suffix(".md").write_text(gallery_report.page(_read(gallery)))
+    for path in PAGES:
+        path.write_text(filled(path.read_text()))
 
 
 if __name__ == "__main__":

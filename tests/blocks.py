@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import sparse_bwd as sb
+from benchmarks.masked import is_depthwise
 from sparse_bwd.nn.affine_act import BatchNorm2d as OurNorm
-from tests.cases import LAYOUTS, bias_modes, is_depthwise
+from tests.cases import LAYOUTS, bias_modes
 from tests.native_calls import integers
 
 ACTS = (

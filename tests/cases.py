@@ -1,8 +1,8 @@
 """The table of layer cases: few, each for a reason, shared by all tests of Conv2d and Linear.
 
 A case is a stock layer, an input shape, a dtype and a memory layout. What is selected comes from `SELECTIONS`, and
-`compact` says, from DESIGN.md section 4 and independently of the library, which slices of a dense gradient the
-compact Parameter must hold.
+`benchmarks.masked.compact` says, independently of the library, which slices of a dense gradient the compact Parameter
+must hold.
 """
 
 import copy
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse_bwd as sb
+from benchmarks.masked import is_depthwise
 
 
 @dataclass(frozen=True)
@@ -179,33 +180,11 @@ SELECTIONS: dict[str, Callable[[int], list[int] | None]] = {
 AXES = ("out", "in")
 
 
-def is_depthwise(layer: Any) -> bool:
-    """One input and one output channel per group: both axes are the same channels."""
-    groups = getattr(layer, "groups", 1)
-    return groups > 1 and groups == layer.in_channels == layer.out_channels
-
-
 def channel_count(layer: Any, axis: str) -> int:
     """Channels (features) of a stock or sparse layer on one axis."""
     if isinstance(layer, nn.Linear):
         return layer.out_features if axis == "out" else layer.in_features
     return layer.out_channels if axis == "out" or is_depthwise(layer) else layer.in_channels
-
-
-def compact(full: Tensor, layer: Any, index: list[int] | None, axis: str) -> Tensor:
-    """The slices of a full weight-shaped tensor that belong to the selected channels (DESIGN.md section 4).
-
-    Axis "out": `[k, C_in/g, kh, kw]`; axis "in": `[C_out, k, kh, kw]`, with groups `[k, C_out/g, kh, kw]`.
-    """
-    groups = getattr(layer, "groups", 1)
-    if axis == "out" or is_depthwise(layer):
-        return full if index is None else full[index]
-    if groups == 1:
-        return full if index is None else full[:, index]
-    width = full.shape[1]
-    rows = full.unflatten(0, (groups, -1))
-    channels = range(groups * width) if index is None else index
-    return torch.stack([rows[c // width, :, c % width] for c in channels]) if channels else rows[:0, :, 0]
 
 
 def bias_modes(axis: str) -> tuple[str, ...]:

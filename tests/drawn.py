@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import sparse_bwd as sb
-from tests.cases import LAYOUTS, compact
+from benchmarks.masked import compact
+from tests.cases import LAYOUTS
 from tests.drive import bias_index
 from tests.tolerance import assert_same_bits
 

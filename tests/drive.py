@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.cases import Case, compact, is_depthwise
+from benchmarks.masked import compact, is_depthwise
+from tests.cases import Case
 from tests.meter import saved_by_kind
 from tests.tolerance import assert_close_to_oracle, assert_same_bits
 

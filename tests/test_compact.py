@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparse_bwd as sb
-from tests.masks import MaskedTrainer, trained_masks
+from benchmarks.masked import MaskedTrainer, trained_masks
 from tests.networks import batch, converted_net, drawn_selection, frozen_norms, tiny_net
 from tests.tolerance import assert_close_to_oracle, assert_same_bits
 

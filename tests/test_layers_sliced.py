@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import sparse_bwd as sb
+from benchmarks.masked import is_depthwise
 from sparse_bwd.nn import SparseLayer
 from tests import cases
-from tests.cases import AXES, SELECTIONS, is_depthwise
+from tests.cases import AXES, SELECTIONS
 from tests.drive import bias_index, gradient_of, run_ours, run_stock
 from tests.tolerance import assert_close_to_oracle, assert_same_bits
 
