@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import sparse_bwd as sb
+from benchmarks import masked
 from benchmarks.masked import is_depthwise
 from sparse_bwd.nn import SparseLayer
-from tests import cases
 from tests.cases import AXES, SELECTIONS
 from tests.drive import bias_index, gradient_of, run_ours, run_stock
 from tests.tolerance import assert_close_to_oracle, assert_same_bits
@@ -79,11 +79,11 @@ def compact(full: Tensor, layer: Any, index: list[int] | None, axis: str) -> Ten
     Output channels of a grouped transposed layer lie as the input channels of a grouped convolution do.
     """
     if not layer.transposed or is_depthwise(layer):
-        return cases.compact(full, layer, index, axis)
+        return masked.compact(full, layer, index, axis)
     channels = layer.out_channels if axis == "out" else layer.in_channels
     if index is None or len(index) == channels:
         return full
-    return cases.compact(full, layer, index, "in" if axis == "out" else "out")
+    return masked.compact(full, layer, index, "in" if axis == "out" else "out")
 
 
 def expected_bytes(case: Case, layer: Any, x: Tensor, index: list[int] | None, axis: str) -> int:
