@@ -1,9 +1,9 @@
-"""Fill the marked tables of README.md from the JSON files in benchmarks/results: `make results`.
+"""Fill the marked tables of README.md and docs from the JSON files in benchmarks/results: `make results`.
 
 Pages and figures of `benchmarks.standard` are made from theirs again, too.
 
 A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`; its table is made from
-`benchmarks/results/NAME.json` or the file in FILES. Numbers reach the README by this script only, and
+`benchmarks/results/NAME.json` or the file in FILES. Numbers reach these pages by this script only, and
 `tests/test_project.py` holds them to the files.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks import standard
 from benchmarks.accuracy import summary
+from sparse_bwd.measure.bench.figures import measured
 
 MIB = 2**20
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,13 +71,41 @@ def bench_table(record: dict[str, Any]) -> str:
     return f"\nA whole training step, {words}; {source}:\n\n{standard.table(record)}"
 
 
+def backward_table(record: dict[str, Any]) -> str:
+    """What backward takes beside forward in plain PyTorch, and here beside that, with operations where they are counted.
+
+    Each pair of times is from the same interleaved rounds, so that the ratios do not depend on what else the machine did.
+    """
+    ways = {"nothing": ("0", "frozen"), "1/16": ("1/16", "random"), "1/4": ("1/4", "random"), "all": ("1", "full")}
+    heads = ["network", "dense: forward, backward ms", "backward / forward", *ways]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
+    for name, found in record["networks"].items():
+        by = {(row["strategy"], row["budget"], row["policy"]): row for row in measured(found)}
+        dense = by["dense", "", ""]
+        forward, backward = (dense["ms"][part][1] for part in ("forward", "backward"))
+        cells = [f"{forward:.0f}, {backward:.0f}", f"{backward / forward:.2f}"]
+        for budget, policy in ways.values():
+            row = by["ours", budget, policy]
+            time = row["ms"]["backward"][1] / row["dense_ms"]["backward"][1]
+            cells.append(f"{time:.2f}, {row['flops'] / dense['flops']:.2f}")
+        lines.append(f"| {standard.NETWORKS[name].title} | {' | '.join(cells)} |")
+    words = (
+        "Columns from the fourth on: time of backward over dense's in the same rounds, and its operations over dense's, "
+        'for random channels of that share of the weights on axis "out"'
+    )
+    source = "[bench-cpu.md](../benchmarks/results/bench-cpu.md)"
+    return "\n" + "\n".join(lines) + f"\n\n{words}. Machine and command: {source}."
+
+
+PAGES = ("README.md", "docs/why-backward.md")
 # Where a block's results are, if not in NAME.json.
-FILES = {"accuracy": "accuracy/small.jsonl"}
+FILES = {"accuracy": "accuracy/small.jsonl", "backward": "bench-cpu.json"}
 TABLES: dict[str, Callable[[Any], str]] = {
     "signs": signs_table,
     "accuracy": accuracy_table,
     "bench-cpu": bench_table,
     "bench-cuda": bench_table,
+    "backward": backward_table,
 }
 
 
@@ -88,7 +117,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
         path = results / FILES.get(name, f"{name}.json")
         if name not in TABLES:
             raise ValueError(
-                f"README.md has a block results:{name}, which benchmarks/readme.py does not know."
+                f"A page has a block results:{name}, which benchmarks/readme.py does not know."
             )
         table = TABLES[name](_read(path)) + "\n" if path.exists() else ""
         return match[1] + table + match[3]
@@ -105,8 +134,9 @@ def _read(path: Path) -> Any:
 def main() -> None:
     for path in RESULTS.glob("bench-*.json"):
         standard.show(path)
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text()))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Explanation:
 
     @property
     def total(self) -> int:
-        """Saved bytes: equal to `saved_bytes(lambda: model(example))`."""
+        """The saved bytes, equal to `saved_bytes(lambda: model(example))`."""
         return sum(row.nbytes for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:

@@ -88,8 +88,8 @@ class VelocityPolicy(BudgetPolicy):
     """The channels whose responses to the probe change fastest per weight (METHOD 1.1 to 1.3).
 
     The first step measures the responses that later ones are compared with, and selects by `first`; velocity selects
-    from the second step on. Under a budget of weights the ranking is |v| / cost, over all layers together, and the
-    greedy prefix of it is selected. Under one of bytes or operations the selection is that of the largest sum of |v|,
+    from the second step on. Under a budget of weights the ranking is `|v| / cost`, over all layers together, and the
+    greedy prefix of it is selected. Under one of bytes or operations the selection is that of the largest sum of `|v|`,
     where opening a layer costs too (`sparse_bwd.selection.knapsack`).
 
     Args:
