@@ -31,7 +31,11 @@ templates_path = ["_templates"]
 
 myst_heading_anchors = 3  # links to sections, as code hosts make them
 nb_execution_mode = "off"
-nitpicky = True
+nitpicky = True  # every name in a signature is documented here, or belongs to somebody else
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|collections|pathlib|os)\..*|Tensor|(nn\.)?Module|Trainer"),
+    (r"py:.*", r"Index|SchemeLike|sparse_bwd\.sharing\.parts\.Part"),  # our own short names of types
+]
 
 
 default_role = "code"  # docstrings write `name`
