@@ -50,4 +50,5 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_additional_pages = {"index": "to_the_index.html"}  # the pages stand below docs/
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
