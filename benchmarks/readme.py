@@ -72,12 +72,22 @@ def bench_table(record: dict[str, Any]) -> str:
 
 
 def backward_table(record: dict[str, Any]) -> str:
-    """What backward takes beside forward in plain PyTorch, and here beside that, with operations where they are counted.
+    """What backward takes beside forward in plain PyTorch; time and operations of ours over those of dense.
 
-    Each pair of times is from the same interleaved rounds, so that the ratios do not depend on what else the machine did.
+    Each pair of times is from the same interleaved rounds, so that ratios do not depend on what else the machine did.
     """
-    ways = {"nothing": ("0", "frozen"), "1/16": ("1/16", "random"), "1/4": ("1/4", "random"), "all": ("1", "full")}
-    heads = ["network", "dense: forward, backward ms", "backward / forward", *ways]
+    ways = {
+        "nothing": ("0", "frozen"),
+        "1/16": ("1/16", "random"),
+        "1/4": ("1/4", "random"),
+        "all": ("1", "full"),
+    }
+    heads = [
+        "network",
+        "dense: forward, backward ms",
+        "backward / forward",
+        *(f"ours, {way}" for way in ways),
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
     for name, found in record["networks"].items():
         by = {(row["strategy"], row["budget"], row["policy"]): row for row in measured(found)}
@@ -90,11 +100,11 @@ def backward_table(record: dict[str, Any]) -> str:
             cells.append(f"{time:.2f}, {row['flops'] / dense['flops']:.2f}")
         lines.append(f"| {standard.NETWORKS[name].title} | {' | '.join(cells)} |")
     words = (
-        "Columns from the fourth on: time of backward over dense's in the same rounds, and its operations over dense's, "
-        'for random channels of that share of the weights on axis "out"'
+        "Ours: time of backward over dense's in the same rounds, and its operations over dense's, for random channels "
+        'of that share of the weights on axis "out"; machine and command in'
     )
     source = "[bench-cpu.md](../benchmarks/results/bench-cpu.md)"
-    return "\n" + "\n".join(lines) + f"\n\n{words}. Machine and command: {source}."
+    return f"\n{words} {source}.\n\n" + "\n".join(lines)
 
 
 PAGES = ("README.md", "docs/why-backward.md")
@@ -116,9 +126,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
         name = match["name"]
         path = results / FILES.get(name, f"{name}.json")
         if name not in TABLES:
-            raise ValueError(
-                f"A page has a block results:{name}, which benchmarks/readme.py does not know."
-            )
+            raise ValueError(f"A page has a block results:{name}, which benchmarks/readme.py does not know.")
         table = TABLES[name](_read(path)) + "\n" if path.exists() else ""
         return match[1] + table + match[3]
 

@@ -173,7 +173,7 @@ class LeakyReLU(LeanActivation, nn.LeakyReLU):
 class BatchNorm2d(ShiftedNorm, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` in one of three modes, which `model.train()` does not change.
 
-    - "frozen": running statistics; trains nothing, or the shift of selected channels; keeps the scale, [C], for backward.
+    - "frozen": running statistics; trains nothing, or the shift of selected channels; keeps the scale, [C].
     - "bias": running statistics; trains the shift, of all or of selected channels; keeps the scale, [C].
     - "train": statistics of the batch while training; trains and keeps what PyTorch's does: x and two vectors.
 
