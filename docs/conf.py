@@ -33,15 +33,17 @@ myst_heading_anchors = 3  # links to sections, as code hosts make them
 nb_execution_mode = "off"
 nitpicky = True  # every name in a signature is documented here, or belongs to somebody else
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|collections|pathlib|os)\..*|Tensor|(nn\.)?Module|Trainer"),
+    (r"py:.*", r"(torch|transformers|collections|pathlib|os)\..*|Tensor|(nn\.)?Module|Trainer"),
     (r"py:.*", r"Index|SchemeLike|sparse_bwd\.sharing\.parts\.Part"),  # our own short names of types
 ]
 
 
 default_role = "code"  # docstrings write `name`
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented"
+autodoc_typehints = (
+    "signature"  # in descriptions, attributes of the name of a parameter would lend it their type
+)
+python_maximum_signature_line_length = 100
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False  # what PyTorch says of forward() is no news
 
