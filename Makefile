@@ -15,10 +15,10 @@ endif
 HOST := tests/native_host/*.cpp csrc/cpu/isa*.cpp
 HOST_FLAGS := -std=c++20 -Wall -Wextra -Wno-psabi -Icsrc
 
-.PHONY: help setup native demo test test-long sanitize neon lint format types build bench suites kernels results clean
+.PHONY: help setup native demo test test-long sanitize neon lint format types docs build bench suites kernels results clean
 
 help:
-	@echo "make demo | test | test-long | sanitize | neon | lint | format | types | build | native | bench | suites | kernels | results | clean"
+	@echo "make demo | test | test-long | sanitize | neon | lint | format | types | docs | build | native | bench | suites | kernels | results | clean"
 
 # The package is built against the torch of the environment, which therefore comes first.
 $(READY): pyproject.toml setup.py build_native.py requirements/test.txt $(NATIVE)
@@ -65,6 +65,10 @@ format: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# The site; a warning is an error. Needs no network. Open build/docs/index.html.
+docs: $(READY)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/docs
 
 build: $(READY)
 	$(BIN)/python -m build

@@ -1,9 +1,9 @@
-"""Fill the marked tables of README.md and docs/gallery.md from the JSON files in benchmarks/results: `make results`.
+"""Fill the marked tables of README.md and docs from the JSON files in benchmarks/results: `make results`.
 
 Pages and figures of `benchmarks.standard` and the page of `benchmarks.gallery` are made from theirs again, too.
 
 A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`; its table is made from
-`benchmarks/results/NAME.json` or the file in FILES. Numbers reach the pages by this script only, and
+`benchmarks/results/NAME.json` or the file in FILES. Numbers reach these pages by this script only, and
 `tests/test_project.py` and `tests/test_gallery.py` hold them to the files.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 
 from benchmarks import gallery_report, standard
 from benchmarks.accuracy import summary
+from sparse_bwd.measure.bench.figures import measured
 
 MIB = 2**20
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "gallery.md")
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results:(?P=name) -->)", re.DOTALL)
 
 
@@ -71,11 +71,49 @@ def bench_table(record: dict[str, Any]) -> str:
     return f"\nA whole training step, {words}; {source}:\n\n{standard.table(record)}"
 
 
+def backward_table(record: dict[str, Any]) -> str:
+    """What backward takes beside forward in plain PyTorch; time and operations of ours over those of dense.
+
+    Each pair of times is from the same interleaved rounds, so that ratios do not depend on what else the machine did.
+    """
+    ways = {
+        "nothing": ("0", "frozen"),
+        "1/16": ("1/16", "random"),
+        "1/4": ("1/4", "random"),
+        "all": ("1", "full"),
+    }
+    heads = [
+        "network",
+        "dense: forward, backward ms",
+        "backward / forward",
+        *(f"ours, {way}" for way in ways),
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
+    for name, found in record["networks"].items():
+        by = {(row["strategy"], row["budget"], row["policy"]): row for row in measured(found)}
+        dense = by["dense", "", ""]
+        forward, backward = (dense["ms"][part][1] for part in ("forward", "backward"))
+        cells = [f"{forward:.0f}, {backward:.0f}", f"{backward / forward:.2f}"]
+        for budget, policy in ways.values():
+            row = by["ours", budget, policy]
+            time = row["ms"]["backward"][1] / row["dense_ms"]["backward"][1]
+            cells.append(f"{time:.2f}, {row['flops'] / dense['flops']:.2f}")
+        lines.append(f"| {standard.NETWORKS[name].title} | {' | '.join(cells)} |")
+    words = (
+        "Ours: time of backward over dense's in the same rounds, and its operations over dense's, for random channels "
+        'of that share of the weights on axis "out"; machine and command in'
+    )
+    source = "[bench-cpu.md](../benchmarks/results/bench-cpu.md)"
+    return f"\n{words} {source}.\n\n" + "\n".join(lines)
+
+
+PAGES = ("README.md", "docs/gallery.md", "docs/why-backward.md")
 # Where a block's results are, if not in NAME.json.
 FILES = {
     "accuracy": "accuracy/small.jsonl",
     "gallery-summary": "gallery.json",
     "gallery-kinds": "gallery.json",
+    "backward": "bench-cpu.json",
 }
 TABLES: dict[str, Callable[[Any], str]] = {
     "signs": signs_table,
@@ -85,6 +123,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "gallery": lambda record: "\n" + gallery_report.table(record),
     "gallery-summary": lambda record: "\n" + gallery_report.summary(record),
     "gallery-kinds": lambda record: "\n" + gallery_report.kinds_table(record),
+    "backward": backward_table,
 }
 
 
@@ -113,7 +152,8 @@ def main() -> None:
         standard.show(path)
     gallery = RESULTS / "gallery.json"
     gallery.with_suffix(".md").write_text(gallery_report.page(_read(gallery)))
-    for path in PAGES:
+    for page in PAGES:
+        path = ROOT / page
         path.write_text(filled(path.read_text()))
 
 

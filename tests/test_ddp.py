@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
-import sparse_bwd as sb
 from sparse_bwd.distributed import follow
 from sparse_bwd.selection.ranks import mean_over_ranks
 from tests.ddp_program import BATCHES, EPOCHS, POLICIES, accumulate, network, train
-from tests.torchrun import ROOT, found_by, free_port, results, start, two_processes
+from tests.torchrun import found_by, free_port, results, start, two_processes
 
 Results = list[dict[str, Any]]
 
@@ -106,19 +102,3 @@ def test_two_nodes_that_meet(tmp_path: Path) -> None:
         _, errors = agent.communicate(timeout=280)
         assert agent.returncode == 0, errors[-3000:]
     check([ranks["ddp"] for ranks in results(tmp_path, 4)])
-
-
-def test_the_page_on_several_processes_runs() -> None:
-    page = (ROOT / "docs" / "distributed.md").read_text()
-    (block, *_) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    images, labels = torch.randn(8, 3, 10, 10), torch.arange(8) % 4
-    net = network()
-    sb.restore(net)
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
-        try:
-            space: dict[str, Any] = {"sb": sb, "torch": torch, "net": net, "images": images, "labels": labels}
-            exec(compile(block, "docs/distributed.md", "exec"), space)
-        finally:
-            dist.destroy_process_group()
-    assert space["policy"].steps == 3

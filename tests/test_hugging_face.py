@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -204,28 +203,6 @@ def test_accelerate_prepares_what_the_policy_then_steps(name: str) -> None:
 
     for a, b in zip(run(True).state_dict().values(), run(False).state_dict().values(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_the_page_on_trainers_runs(tmp_path: Path) -> None:
-    from tests.small import Small
-    from tests.test_lightning import Module, data, loader
-
-    page = (Path(__file__).resolve().parent.parent / "docs" / "trainers.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
-    module, torch_net, model = Module(), Small(), bert()
-    sb.restore(module.net)
-    sb.restore(model)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "devices": 1}
-    quiet |= {"default_root_dir": tmp_path, "enable_model_summary": False, "accelerator": "cpu"}
-    arguments = trainer_of(bert(), tmp_path, 1).args
-    space: dict[str, Any] = {
-        "sb": sb, "torch": torch, "module": module, "images": data()[0], "loader": loader(), "quiet": quiet,
-        "bert": model, "arguments": arguments, "words": Words(), "net": torch_net,
-    }  # fmt: skip
-    for block in blocks:
-        exec(compile(block, "docs/trainers.md", "exec"), space)
-    assert space["policy"].steps == 3 and all(bool(p.isfinite().all()) for p in torch_net.parameters())
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import sparse_bwd as sb
-from benchmarks.readme import filled
+from benchmarks.readme import PAGES, filled
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -167,26 +167,10 @@ def test_public_names_exist_and_say_what_they_are():
         assert name == "__version__" or value.__doc__, f"sparse_bwd.{name} has no docstring"
 
 
-def test_readme_examples_run():
-    """The Python blocks run one after the other in one namespace, as a reader would paste them."""
-    namespace: dict[str, object] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
-    for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"README.md, example {number}", "exec"), namespace)
-
-
-def test_readme_links_lead_somewhere():
-    targets = re.findall(r"\]\(([^)#\s]+)", README.read_text()) + re.findall(
-        r'src="([^"]+)"', README.read_text()
-    )
-    missing = [t for t in targets if not t.startswith("http") and not (ROOT / t).exists()]
-    assert not missing, missing
-
-
-def test_readme_tables_are_those_of_the_result_files():
-    text = README.read_text()
-    assert filled(text) == text, "run `make results`"
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_result_files(page):
+    text = (ROOT / page).read_text()
+    assert "<!-- results:" in text and filled(text) == text, "run `make results`"
 
 
 def test_readme_tables_are_filled_from_files(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -373,18 +372,3 @@ def test_a_loaded_network_trains_on_like_the_saved_one() -> None:
     train(model, 1)
     train(other, 1)
     assert_same(other.state_dict(), model.state_dict())
-
-
-def test_the_page_on_sharing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).resolve().parent.parent / "docs" / "sharing.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    space: dict[str, Any] = {"model": fresh(), "fresh": fresh(1), "images": labelled()[0]}
-    for number, block in enumerate(blocks):
-        if number == 1:
-            space |= {"first": "birds.safetensors", "second": space["loaded"]}
-        if "onnx" in block:
-            pytest.importorskip("onnxscript")
-        exec(compile(block, "docs/sharing.md", "exec"), space)
-    assert len(blocks) == 3 and (tmp_path / "birds.onnx").exists()
-    assert torch.equal(space["program"].module()(space["images"]), space["model"](space["images"]))

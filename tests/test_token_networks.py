@@ -2,8 +2,6 @@
 
 import copy
 import random
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,19 +176,6 @@ def test_compiled(name: str) -> None:
     torch.testing.assert_close(y, eager)
     for parameter, grad in zip(sb.trainable_parameters(model), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad)
-
-
-def test_the_page_runs() -> None:
-    """Code and links of docs/transformers.md."""
-    docs = Path(__file__).resolve().parent.parent / "docs"
-    page = (docs / "transformers.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1
-    space: dict[str, Any] = {}
-    exec(compile(blocks[0], "docs/transformers.md", "exec"), space)
-    assert space["policy"].report.cost > 0
-    targets = re.findall(r"\]\(([^)#\s]+)", page)
-    assert targets and all((docs / target).exists() for target in targets)
 
 
 def test_torchvision_window_attention() -> None:

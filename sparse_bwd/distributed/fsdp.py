@@ -124,3 +124,6 @@ class _Gather:
         for layer, name, part in self._kept:
             layer._parameters[name] = part
         self._kept = []
+        if not torch.is_grad_enabled():
+            # FSDP2 leaves the root's own weights whole, for a backward that does not come after a probe.
+            model.reshard()  # type: ignore[operator]

@@ -49,7 +49,7 @@ class Explanation:
 
     @property
     def total(self) -> int:
-        """Saved bytes: equal to `saved_bytes(lambda: model(example))`."""
+        """Bytes kept in all, which `saved_bytes` of a forward on the example gives too."""
         return sum(row.nbytes for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:

@@ -173,11 +173,9 @@ class LeakyReLU(LeanActivation, nn.LeakyReLU):
 class BatchNorm2d(ShiftedNorm, nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d` in one of three modes, which `model.train()` does not change.
 
-    | mode | statistics | trained | kept for backward |
-    |---|---|---|---|
-    | "frozen" | running | nothing, or the shift of selected channels | the scale, [C] |
-    | "bias" | running | the shift, of all or of selected channels | the scale, [C] |
-    | "train" | of the batch while training | as PyTorch's | as PyTorch: x and two vectors |
+    - "frozen": running statistics; trains nothing, or the shift of selected channels; keeps the scale, [C].
+    - "bias": running statistics; trains the shift, of all or of selected channels; keeps the scale, [C].
+    - "train": statistics of the batch while training; trains and keeps what PyTorch's does: x and two vectors.
 
     A norm made directly starts in mode "train", which is the stock layer.
     """

@@ -37,7 +37,7 @@ class ConvLayer(SparseLayer):
 
     @property
     def depthwise(self) -> bool:
-        """One input and one output channel per group: both axes are the same."""
+        """One input and one output channel per group, so that both axes are the same."""
         return self.groups == self.in_channels == self.out_channels
 
     @property

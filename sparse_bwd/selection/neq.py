@@ -36,8 +36,8 @@ class NEqPolicy(Policy):
 
     Args:
         probe: as in `VelocityPolicy`; None with measure="weights".
-        threshold: a channel is at equilibrium if |velocity| is at most this; 1e-3 unless `top` is given.
-        top: instead, the share of each layer's channels, of largest |velocity|, that is trained.
+        threshold: a channel is at equilibrium if `|velocity|` is at most this; 1e-3 unless `top` is given.
+        top: instead, the share of each layer's channels, of largest `|velocity|`, that is trained.
         pin: a channel that was frozen once is never trained again.
         measure: "exact" or "sketch" as in `VelocityPolicy`; exact by default, since the threshold is a number and not a
             rank. Or "weights": similarity of successive weights in place of responses (`param_norm` of the authors'

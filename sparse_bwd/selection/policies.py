@@ -46,7 +46,7 @@ class FrozenPolicy(Policy):
 
 
 class RandomPolicy(BudgetPolicy):
-    """Channels drawn uniformly until the next one would exceed the budget, each at its true cost (METHOD 1.3).
+    """Channels drawn uniformly until the next one would exceed the budget, each at its true cost.
 
     Args:
         redraw: draw again at every step, or keep the first draw.
@@ -85,11 +85,11 @@ class RandomPolicy(BudgetPolicy):
 
 
 class VelocityPolicy(BudgetPolicy):
-    """The channels whose responses to the probe change fastest per weight (METHOD 1.1 to 1.3).
+    """The channels whose responses to the probe change fastest per weight (arXiv 2312.05282).
 
     The first step measures the responses that later ones are compared with, and selects by `first`; velocity selects
-    from the second step on. Under a budget of weights the ranking is |v| / cost, over all layers together, and the
-    greedy prefix of it is selected. Under one of bytes or operations the selection is that of the largest sum of |v|,
+    from the second step on. Under a budget of weights the ranking is `|v| / cost`, over all layers together, and the
+    greedy prefix of it is selected. Under one of bytes or operations the selection is that of the largest sum of `|v|`,
     where opening a layer costs too (`sparse_bwd.selection.knapsack`).
 
     Args:
@@ -242,7 +242,7 @@ def make_meter(
 
 
 class SparseUpdatePolicy(Policy):
-    """A fixed scheme of layers and ratios, chosen once at the first step and kept (METHOD 5).
+    """A fixed scheme of layers and ratios, chosen once at the first step and kept (arXiv 2206.15472).
 
     Args:
         scheme: name of a built-in scheme ("mbv2-1" to "mbv2-5", likewise "mcunet-" and "proxyless-"; "resnet18-1" to

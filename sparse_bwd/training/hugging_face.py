@@ -49,7 +49,7 @@ class PolicyCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """A row per selection: its first step, and what was logged of it."""
+        """A row per selection, with what was logged of its first step."""
         return self.steps.history
 
     def resume(self, folder: str | Path) -> None:

@@ -36,7 +36,7 @@ class PolicyCallback(Callback):  # type: ignore[misc]
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """A row per selection: its first step, and what was logged of it."""
+        """A row per selection, with what was logged of its first step."""
         return self.steps.history
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
