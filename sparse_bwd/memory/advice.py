@@ -16,11 +16,12 @@ from sparse_bwd.nn import (
     SparseLayer,
 )
 from sparse_bwd.nn.affine_act import LeanActivation
+from sparse_bwd.nn.lookalike import QuickGELU
 from sparse_bwd.nn.smooth_act import SmoothActivation
 from sparse_bwd.skipped import reasons_to_skip
 
 BEFORE = "freeze every layer before it"
-LEAN = (CompactLayer, Chain, LeanActivation, SmoothActivation, Hardsigmoid, MaxPool2d, Dropout)
+LEAN = (CompactLayer, Chain, LeanActivation, SmoothActivation, QuickGELU, Hardsigmoid, MaxPool2d, Dropout)
 
 
 def how_to_free(module: nn.Module | None, dtype: torch.dtype) -> str:

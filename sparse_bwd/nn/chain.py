@@ -59,7 +59,7 @@ def _reader(run: list[nn.Module]) -> OutputReader | None:
     return None if others or "forward" in first.__dict__ or _any_watched(run[1:]) else hooks[0]
 
 
-def _watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether somebody could see this module's own input or output."""
     own = module.__dict__
     local = [name for name in _LOCAL_HOOKS if own[name]]
@@ -68,7 +68,7 @@ def _watched(module: nn.Module) -> bool:
 
 def _any_watched(modules: list[nn.Module]) -> bool:
     """Whether one of them is; with lists, for torch.compile follows no generator inside another."""
-    return bool([module for module in modules if _watched(module)])
+    return bool([module for module in modules if is_watched(module)])
 
 
 def _run_length(modules: list[nn.Module], start: int) -> int:
@@ -133,7 +133,7 @@ def _unwatched(sequential: nn.Sequential) -> list[nn.Module]:
     """
     found: list[nn.Module] = []
     for module in sequential._modules.values():
-        if type(module) is Chain and not _watched(module):
+        if type(module) is Chain and not is_watched(module):
             found += _unwatched(module)
         elif module is not None:
             found.append(module)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_bwd.nn.affine_act import BatchNorm2d, activation_of
+from sparse_bwd.nn.chain import is_watched
 from sparse_bwd.nn.layer_norm import LayerNorm, RMSNorm, rms_norm
 from sparse_bwd.nn.linear import SparseLinear, TransposedLinear
 from sparse_bwd.nn.norm import ShiftedNorm
@@ -71,6 +73,22 @@ class WeightRMSNorm(ShiftedNorm):
         return rms_norm(hidden_states, self._full("weight"), eps, partial(_weight_rms_norm, eps))
 
 
+class NormAct2d(BatchNorm2d):
+    """A BatchNorm2d that applies its own `drop` and `act`: in one pass where it can, which keeps a bit per element."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        act, alone = activation_of(self.act), type(self.drop) is nn.Identity and not is_watched(self.act)
+        if alone and act is not None and self.on_running_statistics:
+            return self.affine_act(input, act, inplace=False)
+        normed = super().forward(input)
+        if alone and isinstance(self.act, SmoothActivation):
+            return self.act.beside(normed)  # nobody else holds `normed`, so that none need be overwritten
+        return self.act(self.drop(normed))  # type: ignore[no-any-return]
+
+
 def _quick_gelu(scaled: Tensor) -> Tensor:
     return F.silu(scaled) / 1.702
 
@@ -84,6 +102,7 @@ _TIMM, _TRANSFORMERS = "timm.layers.", "transformers.activations."
 _BY_NAME: dict[str, type[nn.Module]] = {
     _TIMM + "norm.LayerNorm": LayerNorm,
     _TIMM + "norm.RmsNorm": RMSNorm,
+    _TIMM + "norm_act.BatchNormAct2d": NormAct2d,
     _TIMM + "activations.GELU": PlainGELU,
     _TIMM + "activations.GELUTanh": TanhGELU,
     _TIMM + "activations.QuickGELU": QuickGELU,
