@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PNG = b"\x89PNG"
 
@@ -36,6 +38,7 @@ def test_demo(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(PNG)
 
 
+@pytest.mark.long
 def test_search(tmp_path: Path) -> None:
     """From nothing to a report, in which the schemes stand, and nothing of this machine does."""
     tiny = [

@@ -78,6 +78,7 @@ def constant(name: str, row: dict[str, Any] | BaseException, seconds: float = 0.
     return Job(name, seconds, measured)
 
 
+@pytest.mark.long
 def test_the_whole_course(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, record = run(tmp_path, tiny_jobs(), tests=[test_file(tmp_path, GREEN)])
     assert code == 0 and record["failed"] == {} and record["left_out"] == []

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparse_bwd as sb
+from benchmarks.masked import is_depthwise
 from sparse_bwd.ops import bits, reference
 from sparse_bwd.ops.backend import forced, native
 from sparse_bwd.ops.conv2d_dw import kept_input, make_plan
 from sparse_bwd.ops.write_back import read_slices
-from tests.cases import AXES, CONV_CASES, LAYOUTS, SELECTIONS, Case, is_depthwise
+from tests.cases import AXES, CONV_CASES, LAYOUTS, SELECTIONS, Case
 from tests.native_calls import ACTS, OPS, USABLE, choose, integers, needs_native
 from tests.tolerance import assert_close_to_oracle, assert_same_bits
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparse_bwd as sb
+from benchmarks.masked import is_depthwise
 from sparse_bwd.ops import backend, bits, reference, response
 from sparse_bwd.ops.conv2d_dw import kept_input, make_plan
 from sparse_bwd.ops.write_back import read_slices
-from tests.cases import AXES, CONV_CASES, LAYOUTS, SELECTIONS, Case, is_depthwise
+from tests.cases import AXES, CONV_CASES, LAYOUTS, SELECTIONS, Case
 from tests.tolerance import assert_same_bits
 
 OPS = torch.ops.sparse_bwd

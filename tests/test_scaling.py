@@ -227,6 +227,7 @@ def test_meta_is_planned_as_the_cpu(selection: dict[str, object]) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.long
 def test_scaling(tmp_path: Path) -> None:
     shown = run_module("scaling", "--quick", "--out", str(tmp_path))
     record = json.loads((tmp_path / "scaling.json").read_text())

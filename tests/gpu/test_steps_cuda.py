@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 import sparse_bwd as sb
 from benchmarks import stock
+from benchmarks.masked import compact
 from sparse_bwd.measure.formulas import expected_bytes, total_bytes
 from sparse_bwd.measure.kernels import precision
 from sparse_bwd.measure.selections import share_of_channels
 from sparse_bwd.measure.step import LAYOUTS
-from tests.cases import compact
 from tests.networks import drawn_selection, frozen_norms, tiny_net
 from tests.tolerance import assert_close_to_oracle, assert_same_bits
 
