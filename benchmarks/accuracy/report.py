@@ -102,7 +102,7 @@ def _figures(members: Sequence[Cell], folder: Path, name: str, times: Times | No
     ]
     found = []
     for what, label, shown, place, front in asked:
-        if any(cell.runs for cell in shown):
+        if len({(cell.method, cell.budget) for cell in shown if cell.runs}) > 1:  # a lone point compares nothing
             path = folder / f"{name}-{what}.png"
             found.append((f"Accuracy against {label}", figures.draw(shown, place, label, path, front)))
     return found
