@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.accuracy import epochs, published, significance, tables
+from benchmarks.accuracy import epochs, published, report, significance, tables
 from benchmarks.accuracy.__main__ import main
 from benchmarks.accuracy.cells import cells
 from benchmarks.accuracy.figures import pareto, styles
@@ -235,6 +235,17 @@ def test_the_printed_tables_are_whole() -> None:
 
 
 # The page
+
+
+def test_trials_of_two_networks_are_two_rows() -> None:
+    trials = [
+        {**record("velocity", "digits", "small", 0, accuracy, stage="trial", lr=0.1), "model": model}
+        for model, accuracy in (("first", 0.4), ("second", 0.8))
+    ]
+    table = report._rates(trials)
+    assert (
+        "| velocity (bias), first | **40.0** |" in table and "| velocity (bias), second | **80.0** |" in table
+    )
 
 
 def test_the_page_of_a_cut_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

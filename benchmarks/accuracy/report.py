@@ -102,7 +102,9 @@ def _figures(members: Sequence[Cell], folder: Path, name: str, times: Times | No
     ]
     found = []
     for what, label, shown, place, front in asked:
-        if len({(cell.method, cell.budget) for cell in shown if cell.runs}) > 1:  # a lone point compares nothing
+        if (
+            len({(cell.method, cell.budget) for cell in shown if cell.runs}) > 1
+        ):  # a lone point compares nothing
             path = folder / f"{name}-{what}.png"
             found.append((f"Accuracy against {label}", figures.draw(shown, place, label, path, front)))
     return found
@@ -140,8 +142,9 @@ def _pairs() -> str:
 
 def _rates(trials: Sequence[Mapping[str, Any]]) -> str:
     methods: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    several = len({trial["model"] for trial in trials}) > 1
     for trial in trials:
-        name = f"{trial['method']} ({trial['batch_norm']})"
+        name = f"{trial['method']} ({trial['batch_norm']})" + (f", {trial['model']}" if several else "")
         methods.setdefault(name, {}).setdefault(trial["data"], []).append(trial)
     return tables.rate_table(
         [(name, {d: mean_accuracies(t) for d, t in found.items()}) for name, found in methods.items()]
