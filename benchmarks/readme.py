@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,32 +23,6 @@ MIB = 2**20
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results:(?P=name) -->)", re.DOTALL)
-
-
-def _signs_rows(record: dict[str, Any]) -> str:
-    """The rows as a Markdown table."""
-    measured = any(row.get("training_bytes") for row in record["rows"])
-    added, line = (" training MiB |", "--:|") if measured else ("", "")
-    head = "| policy | accuracy, mean (seeds) | weights | channels / layers | saved MiB | peak MiB |"
-    lines = [f"{head}{added} ms per step |", f"|---|---|--:|--:|--:|--:|{line}--:|"]
-    for row in record["rows"]:
-        each = ", ".join(f"{100 * a:.1f}" for a in row["accuracy"])
-        weights = sorted(set(row["trained_weights"]))
-        spent = f"{weights[0]:,}" if len(weights) == 1 else f"{weights[0]:,} to {weights[-1]:,}"
-        training = f" {row['training_bytes'] / MIB:.1f} |" if measured else ""
-        time = "" if row["ms_per_step"] is None else f"{row['ms_per_step']:.0f}"
-        lines.append(
-            f"| {row['case']} | **{100 * statistics.fmean(row['accuracy']):.1f} %** ({each}) | {spent} "
-            f"| {row['channels']:.0f} / {row['layers']:.0f} | {row['saved_bytes'] / MIB:.1f} "
-            f"| {row['peak_bytes'] / MIB:.1f} |{training} {time} |"
-        )
-    return "\n".join(lines)
-
-
-def signs_table(record: dict[str, Any]) -> str:
-    """The accuracy table under a line that says what it is."""
-    source = "data and commands in [signs.md](benchmarks/results/signs.md)"
-    return f"\n{record['title']}, CPU threads: {record['threads']}; {source}:\n\n{_signs_rows(record)}"
 
 
 def accuracy_table(records: list[dict[str, Any]]) -> str:
@@ -116,7 +89,6 @@ FILES = {
     "backward": "bench-cpu.json",
 }
 TABLES: dict[str, Callable[[Any], str]] = {
-    "signs": signs_table,
     "accuracy": accuracy_table,
     "bench-cpu": bench_table,
     "bench-cuda": bench_table,

@@ -49,7 +49,7 @@ def draw_maps(one: Summary, path: Path) -> str:
                 extent=(0.5, shares.shape[1] + 0.5, len(layers) - 0.5, -0.5),
             )  # fmt: skip
             seeds = len(method["seeds"])
-            panel.set_title(f"{name} ({seeds} seed{'s' if seeds != 1 else ''})")
+            panel.set_title(f"{name}\n{seeds} seed{'s' if seeds != 1 else ''}")
             panel.set_xticks(range(1, shares.shape[1] + 1))
             panel.set_xlabel("epoch")
             panel.spines[["top", "right"]].set_visible(True)
