@@ -19,7 +19,6 @@ from benchmarks import gallery_report, standard
 from benchmarks.accuracy import summary
 from sparse_bwd.measure.bench.figures import measured
 
-MIB = 2**20
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results:(?P=name) -->)", re.DOTALL)
