@@ -36,6 +36,7 @@ from sparse_bwd.selection.sketch import SketchMeter
 from sparse_bwd.selection.velocity import Velocity
 from sparse_bwd.training import RunConfig, Runtime, configure, seeding
 from sparse_bwd.training.loader import stacked
+from sparse_bwd.training.optimizer import make_optimizer
 from sparse_bwd.training.prepare import Prepared, prepare
 
 Json = dict[str, Any]
@@ -106,7 +107,7 @@ def fine_tune(prepared: Prepared) -> Iterator[sb.VelocityPolicy]:
     assert isinstance(policy, sb.VelocityPolicy)
     yield policy
     policy.step()
-    optimizer = torch.optim.SGD(sb.trainable_parameters(policy.model), lr=recipe.lr, momentum=recipe.momentum)
+    optimizer = make_optimizer(recipe, policy.model)
     per_epoch = prepared.loader.batches_per_epoch
     for epoch in range(recipe.epochs):
         policy.model.train()

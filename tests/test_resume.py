@@ -98,6 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
     "random-train": {"policy": "random", "batch_norm": "train"},
     "neq-pin": {"policy": "neq", "threshold": 0.02, "pin": True, "batch_norm": "train"},
     "trady": {"policy": "trady", "batch_norm": "train"},
+    "adamw": {"policy": "velocity", "batch_norm": "train", "optimizer": "adamw", "lr": 0.002},
     "gradient": {"policy": "gradient", "axis": "in", "batch_norm": "train"},
     "full-paper-augment": {"policy": "full", "batch_norm": "train", "augment": "paper"},
     "frozen-channels-first": {"policy": "frozen", "channels_last": False, "weight_decay": 0.01},

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sparse_bwd as sb
+from sparse_bwd.memory.predict import find_optimizer
+from sparse_bwd.selection.charges import state_numbers
 from sparse_bwd.selection.responses import ResponseMeter
 from sparse_bwd.selection.sketch import SketchMeter
 from sparse_bwd.training import (
@@ -31,6 +33,7 @@ from sparse_bwd.training.config import check_unchanged, parse_budget
 from sparse_bwd.training.finish import find_collapse
 from sparse_bwd.training.log import read_log
 from sparse_bwd.training.models import build_model, check_width, head_name
+from sparse_bwd.training.optimizer import make_optimizer
 from sparse_bwd.training.prepare import find_device, open_data, prepare
 from sparse_bwd.training.recipe import RECIPES, find_recipe
 from sparse_bwd.training.weights import load_weights
@@ -76,11 +79,37 @@ def test_warm_up_never_takes_more_than_half_of_a_run() -> None:
         {"momentum": -1.0},
         {"batch_norm": "frozn"},
         {"augment": "x"},
+        {"optimizer": "adam"},
     ],
 )
 def test_recipes_refuse_nonsense(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         dataclasses.replace(RECIPES["default"], **wrong)
+
+
+@pytest.mark.parametrize(
+    "options, predicted, numbers",
+    [
+        ({"momentum": 0.9}, "sgd_momentum", 1),
+        ({"momentum": 0.0}, "sgd", 0),
+        ({"optimizer": "adamw"}, "adamw", 2),
+    ],
+)
+def test_the_optimizer_is_the_one_that_is_predicted(
+    options: dict[str, Any], predicted: str, numbers: int
+) -> None:
+    """As many numbers of state per trained number as `predict` counts for a budget of bytes."""
+    recipe = dataclasses.replace(RECIPES["default"], weight_decay=0.05, **options)
+    model = training_net.tiny(10)
+    optimizer = make_optimizer(recipe, model)
+    assert recipe.predicted_optimizer == predicted
+    assert round(state_numbers(find_optimizer(predicted))) == numbers
+    assert optimizer.defaults["lr"] == recipe.lr and optimizer.defaults["weight_decay"] == 0.05
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    optimizer.step()
+    trained = sb.trainable_parameters(model)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert sum(s.numel() for s in states if s.dim()) == numbers * sum(p.numel() for p in trained)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +367,18 @@ def test_every_policy_trains_within_its_budget(
     ]  # fmt: skip
     events = [line["event"] for line in read_log(out / "log.jsonl")]
     assert events == ["start", "selection", "epoch", "selection", "epoch", "end"]
+
+
+@pytest.mark.parametrize("policy", ["random", "frozen", "full"])
+def test_what_no_budget_counts_trains_under_full_alone(policy: str) -> None:
+    config = configure(RunConfig("tests.training_net:Tokens", "digits"), {**SMALL, "policy": policy})
+    prepared = prepare(config, Runtime(Path("unused")))
+    assert prepared.model.get_parameter("position").requires_grad == (policy == "full")
+    frozen = [note for note in prepared.notes if "position" in note]
+    sentence = "trained outside any budget" if policy == "full" else "the policy full trains them"
+    assert len(frozen) == 1 and sentence in frozen[0]
+    trained = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
+    assert any(note.startswith(f"trainable params: {trained:,} ||") for note in prepared.notes)
 
 
 def test_a_run_learns(tmp_path: Path) -> None:

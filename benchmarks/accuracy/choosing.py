@@ -33,6 +33,7 @@ from sparse_bwd.files import write_json, write_text
 from sparse_bwd.measure.machine import command_line, commit, machine
 from sparse_bwd.measure.meter import Meter, quantiles
 from sparse_bwd.training import RunConfig, Runtime, UserError
+from sparse_bwd.training.optimizer import make_optimizer
 from sparse_bwd.training.prepare import Prepared, prepare
 
 STEPS = 3  # of training between two steps of a policy: velocity then measures a change
@@ -55,9 +56,7 @@ class Case:
         began = time.perf_counter()
         self.prepared.policy.step()
         self.first_seconds = time.perf_counter() - began
-        self.optimizer = torch.optim.SGD(
-            sb.trainable_parameters(model), lr=0.1 * config.recipe.lr, momentum=config.recipe.momentum
-        )
+        self.optimizer = make_optimizer(config.recipe, model, lr=0.1 * config.recipe.lr)
         images, targets = next(iter(self.prepared.loader.epoch(0)))
         inputs = config.preprocessing.normalise(images)
         if config.channels_last:

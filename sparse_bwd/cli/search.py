@@ -69,7 +69,8 @@ def search(
     lr: Number = None,
     batch_size: Count = None,
     warmup_epochs: Number = None,
-    momentum: Number = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None,
     weight_decay: Number = None,
     clip_norm: Number = None,
     augment: Word = None,
@@ -131,9 +132,9 @@ def search(
 
 
 _RUN = (
-    "weights", "axis", "recipe", "batch_norm", "epochs", "lr", "batch_size", "warmup_epochs", "momentum",
-    "weight_decay", "clip_norm", "augment", "flip", "image_size", "crop_pct", "mean", "std", "channels_last",
-    "split_seed", "limit_train",
+    "weights", "axis", "recipe", "batch_norm", "epochs", "lr", "batch_size", "warmup_epochs", "optimizer",
+    "momentum", "weight_decay", "clip_norm", "augment", "flip", "image_size", "crop_pct", "mean", "std",
+    "channels_last", "split_seed", "limit_train",
 )  # fmt: skip
 _RUNTIME = ("out", "device", "threads", "workers", "data_root", "download", "quiet")
 

@@ -14,6 +14,7 @@ import sparse_bwd as sb
 from sparse_bwd.files import write_json, write_safetensors
 from sparse_bwd.selection.flops import backward_flops
 from sparse_bwd.training.loop import Trainer
+from sparse_bwd.training.optimizer import make_optimizer
 from sparse_bwd.training.rows import selection_row
 from sparse_bwd.training.state import named_trainable
 
@@ -114,9 +115,7 @@ def measure_step(trainer: Trainer) -> dict[str, int]:
     loss_fn = nn.functional.cross_entropy
     saved = sb.memory.saved_bytes(lambda: loss_fn(model(inputs), targets), model)
     # The learning rate has no part in the bytes; with 0 the steps cannot diverge.
-    optimizer = torch.optim.SGD(
-        sb.trainable_parameters(model), lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    optimizer = make_optimizer(recipe, model, lr=0.0)
     peak = sb.memory.step_peak(model, loss_fn, optimizer, (inputs, targets))
     held = sb.memory.held_between_steps(model, optimizer) + trainer.policy.velocity_bytes
     return {

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import sparse_bwd as sb
 from sparse_bwd.training import seeding, state
 from sparse_bwd.training.checkpoint import save_checkpoint
 from sparse_bwd.training.display import Display
@@ -19,6 +18,7 @@ from sparse_bwd.training.errors import Diverged, Stopped
 from sparse_bwd.training.evaluate import Accuracy, measure_accuracy
 from sparse_bwd.training.loader import in_order
 from sparse_bwd.training.log import JsonLog, SilentLog
+from sparse_bwd.training.optimizer import make_optimizer
 from sparse_bwd.training.prepare import Prepared, sentences
 from sparse_bwd.training.rows import epoch_line, machine, selection_row
 from sparse_bwd.training.selected import encode
@@ -70,7 +70,7 @@ class Trainer:
         with sentences():
             self.policy.step()
             chosen = time.perf_counter() - began
-            self.optimizer = self._make_optimizer()
+            self.optimizer = make_optimizer(self.recipe, self.model)
         self.log = self._open_log(0)
         about = {"notes": self.prepared.notes, "command": self.prepared.runtime.command}
         self.log.write("start", config=self.config.to_json(), **about)
@@ -81,7 +81,7 @@ class Trainer:
         """Takes over what `save` wrote."""
         with sentences():
             state.revive_model(self.model, self.policy, saved)
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(self.recipe, self.model)
         state.revive_optimizer(self.optimizer, self.model, saved["optimizer"])
         self.epoch, self.batch = saved["epoch"], saved["batch"]
         # Counts are those of all ranks; they are summed again, so one rank takes them.
@@ -103,14 +103,6 @@ class Trainer:
 
     def _open_log(self, keep: int) -> JsonLog:
         return JsonLog(self.out / LOG, keep) if self.ranks.first else SilentLog()
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            sb.trainable_parameters(self.model),
-            lr=self.recipe.lr,
-            momentum=self.recipe.momentum,
-            weight_decay=self.recipe.weight_decay,
-        )
 
     def run(self, display: Display, until: int | None = None) -> None:
         """Trains to the end, or until so many epochs are done and the next selection is made.

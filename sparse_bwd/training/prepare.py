@@ -4,7 +4,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,20 @@ def make_model(
         )
     if not report.swapped:
         raise UserError(f"Nothing in the model {config.model} could be swapped: {report}")
+    if config.policy != "full" and report.outside:
+        report, note = _freeze_outside(model, report)
+        notes.append(note)
     notes += str(report).splitlines()
     return model, notes
+
+
+def _freeze_outside(model: nn.Module, report: sb.Report) -> tuple[sb.Report, str]:
+    """Freezes what no budget counts; for the first of it all of backward would have to run. The report then, a note."""
+    frozen = [model.get_parameter(name).requires_grad_(False) for name in report.outside]
+    names = ", ".join(report.outside[:3]) + (", ..." if len(report.outside) > 3 else "")
+    note = f"frozen: {len(frozen)} parameters that no swapped module holds ({names}); the policy full trains them"
+    trained = report.trainable_params - sum(parameter.numel() for parameter in frozen)
+    return replace(report, outside=[], trainable_params=trained), note
 
 
 def make_policy(model: nn.Module, config: RunConfig, probe: Tensor, labels: Tensor) -> Policy:
@@ -212,7 +224,7 @@ def make_budget(config: RunConfig, device: torch.device) -> sb.Budget:
     recipe, size = config.recipe, config.preprocessing.image_size
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     batch = torch.empty(recipe.batch_size, 3, size, size, device=device).contiguous(memory_format=layout)
-    return sb.Budget(**amount, batch=batch, optimizer=recipe.optimizer)
+    return sb.Budget(**amount, batch=batch, optimizer=recipe.predicted_optimizer)
 
 
 def claim_folder(out: Path, leftovers: Collection[str]) -> None:

@@ -7,13 +7,15 @@ from sparse_bwd.training.errors import UserError, unknown
 
 BATCH_NORM = ("frozen", "bias", "train")
 AUGMENT = ("mild", "paper")
+OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with a linear warm-up and a cosine per iteration.
+    """An optimizer with a linear warm-up and a cosine per iteration.
 
-    lr: the highest learning rate. warmup_epochs: from lr 0; part of `epochs`. clip_norm: gradients are scaled down to
+    optimizer: "sgd", with `momentum`, or "adamw", with PyTorch's betas; both with `weight_decay`. lr: the highest
+    learning rate. warmup_epochs: from lr 0; part of `epochs`. clip_norm: gradients are scaled down to
     this L2 norm over all trained parameters; 0: never. augment, flip: see `Preprocessing.training`.
     eval_every: epochs between evaluations; the last epoch is always evaluated. probe_images: images on which velocity
     is measured, never trained on, whatever the policy, so that all policies train on the same images.
@@ -32,6 +34,7 @@ class Recipe:
     eval_every: int
     batch_size: int = 32
     probe_images: int = 10
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         positive = ("epochs", "lr", "batch_size", "eval_every")
@@ -45,11 +48,13 @@ class Recipe:
             raise unknown("batch-norm mode", self.batch_norm, BATCH_NORM)
         if self.augment not in AUGMENT:
             raise unknown("augmentation", self.augment, AUGMENT)
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
 
     @property
-    def optimizer(self) -> str:
+    def predicted_optimizer(self) -> str:
         """The optimizer by its name in `sparse_bwd.memory.predict`."""
-        return "sgd_momentum" if self.momentum > 0 else "sgd"
+        return "sgd_momentum" if self.optimizer == "sgd" and self.momentum > 0 else self.optimizer
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0 over the whole run."""

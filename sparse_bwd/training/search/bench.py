@@ -22,6 +22,7 @@ from sparse_bwd.training.display import Display
 from sparse_bwd.training.errors import Diverged, Stopped, UserError
 from sparse_bwd.training.loader import TrainLoader
 from sparse_bwd.training.loop import Trainer
+from sparse_bwd.training.optimizer import make_optimizer
 from sparse_bwd.training.prepare import Prepared, find_device, make_model, open_data, sentences
 from sparse_bwd.training.samples import Samples
 from sparse_bwd.training.search.points import Network, Point, inspect
@@ -149,7 +150,7 @@ class ShortTrainer(Trainer):
     def begin(self) -> None:
         with sentences():
             self.policy.step()
-            self.optimizer = self._make_optimizer()
+            self.optimizer = make_optimizer(self.recipe, self.model)
         self.log: Any = _NoLog()
 
     def save(self) -> None:

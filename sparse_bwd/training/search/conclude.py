@@ -46,7 +46,11 @@ def conclude(
     assert grid.layers is not None and grid.beside is not None
     parts = contributions(points, results, network)
     sizes = ByteModel(
-        bench.model(run.seed), bench.batch()[0], run.resolved_axis, run.norm_shift, run.recipe.optimizer
+        bench.model(run.seed),
+        bench.batch()[0],
+        run.resolved_axis,
+        run.norm_shift,
+        run.recipe.predicted_optimizer,
     )
     weights = weights_problem(parts, grid, network, sizes.model, run.resolved_axis)
     rows: list[dict[str, Any]] = []

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import sparse_bwd as sb
+from sparse_bwd.memory.predict import find_optimizer
 from sparse_bwd.nn import SparseConv2d, layers
+from sparse_bwd.selection.charges import state_numbers
 from sparse_bwd.selection.scheme_search import Choice, Found, Part, Problem, evolve
 from sparse_bwd.selection.schemes import Scheme, scheme_selection
 from sparse_bwd.training.config import parse_budget
@@ -108,7 +110,9 @@ class ByteModel:
 
     def _read_shapes(self) -> None:
         """From one forward: inputs (per channel on axis "in"), three times the weights, the index."""
-        copies = 2 if self.optimizer == "sgd" else 3  # compact weight, gradient, momentum
+        copies = 2 + round(
+            state_numbers(find_optimizer(self.optimizer))
+        )  # compact weight, gradient, optimizer state
 
         def recorder(name: str) -> Callable[[SparseConv2d, tuple[Tensor, ...], Tensor], None]:
             def record(layer: SparseConv2d, args: tuple[Tensor, ...], output: Tensor) -> None:
