@@ -41,9 +41,12 @@ def test_choosing_is_measured_for_every_case(
         assert row["share"] == pytest.approx(choosing_seconds / whole)
     sketch, exact, random = (rows[name, "small"] for name in methods)
     assert random["held_bytes"] == 0 < sketch["held_bytes"] < exact["held_bytes"]
-    assert rows["random", "700KiB"]["peak_bytes"] is None and sketch["peak_bytes"] > 0
+    assert sketch["peak_bytes"] > 0
+    # To predict, a whole batch goes through one block at a time: 32 images of 8 channels of 16x16 and their gradients.
+    images = 32 * 8 * 16 * 16 * 4
+    assert 2 * images < rows["random", "700KiB"]["peak_bytes"] < 5 * images
     page = (tmp_path / "out" / "choosing.md").read_text()
-    assert page == capsys.readouterr().out.removesuffix("\n") and "not measured" in page
+    assert page == capsys.readouterr().out.removesuffix("\n")
 
 
 def test_a_case_that_cannot_start_is_named(

@@ -6,6 +6,7 @@ one of an operator, its shapes, strides and dtypes, runs once in this process on
 Other devices than the CPU are not measured: their scratch counts as 0.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,15 @@ _PRODUCTS = {
 }  # fmt: skip
 # A number among the operands becomes a tensor of eight bytes, and then one of the other operands' type.
 _NUMBER = 16
-_measured: dict[Any, int] = {}
+_measured: dict[Any, "_Call"] = {}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Bytes of a call that was run here: beside its results, and all, with operands and results."""
+
+    scratch: int
+    whole: int
 
 
 def scratch_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -47,7 +56,12 @@ def scratch_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
     if key not in _measured:
         with _disable_current_modes(), torch.no_grad():
             _measured[key] = _measure(func, *tree_map_only(Tensor, _zeros, (args, kwargs)))
-    return _measured[key]
+    return _measured[key].scratch
+
+
+def largest_measured() -> int:
+    """Bytes of the largest call that was run in this process to be measured; predictions take so much at most."""
+    return max((call.whole for call in _measured.values()), default=0)
 
 
 def _takes_number(func: Any, args: tuple[Any, ...]) -> bool:
@@ -71,8 +85,8 @@ def _zeros(tensor: Tensor) -> Tensor:
     return torch.empty_strided(shape, stride, dtype=tensor.dtype).zero_()
 
 
-def _measure(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    given = {storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+def _measure(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    given = {storage_key(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
     func(*args, **kwargs)  # first calls also build what is kept for all later ones
     results: list[Any] = []
     allocated = highest = 0
@@ -84,4 +98,6 @@ def _measure(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         for leaf in tree_leaves(results)
         if isinstance(leaf, Tensor)
     }
-    return max(highest - sum(size for key, size in made.items() if key not in given), 0)
+    scratch = max(highest - sum(size for key, size in made.items() if key not in given), 0)
+    operands = sum(leaf.untyped_storage().nbytes() for leaf in given.values())
+    return _Call(scratch, operands + max(highest, 0))
