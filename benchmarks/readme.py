@@ -1,6 +1,7 @@
 """Fill the marked tables of README.md and docs from the JSON files in benchmarks/results: `make results`.
 
-Pages and figures of `benchmarks.standard` and the page of `benchmarks.gallery` are made from theirs again, too.
+Pages and figures of `benchmarks.standard`, the page of `benchmarks.gallery` and the summary of the accuracy runs are
+made from theirs again, too.
 
 A block stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`; its table is made from
 `benchmarks/results/NAME.json` or the file in FILES. Numbers reach these pages by this script only, and
@@ -123,6 +124,8 @@ def main() -> None:
         standard.show(path)
     gallery = RESULTS / "gallery.json"
     gallery.with_suffix(".md").write_text(gallery_report.page(_read(gallery)))
+    accuracy = RESULTS / FILES["accuracy"]
+    summary.draw(_read(accuracy), accuracy.with_name("summary.png"))
     for page in PAGES:
         path = ROOT / page
         path.write_text(filled(path.read_text()))

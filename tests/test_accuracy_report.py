@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.accuracy import epochs, published, report, significance, tables
+from benchmarks.accuracy import epochs, figures, published, report, significance, summary, tables
 from benchmarks.accuracy.__main__ import main
-from benchmarks.accuracy.cells import cells
+from benchmarks.accuracy.cells import Cell, cells
 from benchmarks.accuracy.figures import pareto, styles
 from benchmarks.accuracy.plan import Plan, read_plan
 from benchmarks.accuracy.records import Records
 from benchmarks.accuracy.report import read_times, training_seconds
 from benchmarks.accuracy.significance import compare, holm, interval, sign_flip, spread
+from benchmarks.readme import RESULTS
 from tests import accuracy_plan
 from tests.accuracy_plan import TINY
 
@@ -273,3 +274,14 @@ def test_the_page_of_a_cut_grid(tmp_path: Path, capsys: pytest.CaptureFixture[st
             assert image.width == 1200 and np.asarray(image.convert("L")).std() > 5
     lines = [json.loads(line) for line in (tmp_path / "r" / "page.jsonl").read_text().splitlines()]
     assert len(lines) == 9 + 6
+
+
+def test_the_summary_shows_the_methods_of_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [json.loads(line) for line in (RESULTS / "accuracy" / "small.jsonl").read_text().splitlines()]
+    drawn: list[Cell] = []
+    monkeypatch.setattr(figures, "draw", lambda cells, place, label, path: drawn.extend(cells))
+    summary.draw(records, tmp_path / "summary.png")
+    methods = {cell.method for cell in drawn}
+    assert {"velocity", "random", "full"} <= methods <= {method for _, method, _, _ in summary.ROWS}
+    assert {cell.batch_norm for cell in drawn} == {"bias"}
+    assert len({cell.budget for cell in drawn if cell.method == "velocity"}) == 4

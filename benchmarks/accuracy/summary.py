@@ -1,11 +1,13 @@
-"""The few rows of a grid that the README shows."""
+"""The few rows of a grid that the README shows, as a table and as a figure."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import figures
 from benchmarks.accuracy.cells import MIB, Cell, cells
 from benchmarks.accuracy.tables import row, shown
 
@@ -23,9 +25,13 @@ ROWS: tuple[tuple[str | None, str, str, str], ...] = (
 )
 
 
+def _cells(records: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    return cells([record for record in records if record["stage"] == "run"])
+
+
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy per data set, and what the runs needed; rows that the grid does not have are left out."""
-    found = cells([record for record in records if record["stage"] == "run"])
+    found = _cells(records)
     data = list(dict.fromkeys(cell.data for cell in found))
     head = ["budget", "policy", *(f"{name}, %" for name in data), "weights", "saved MiB", "training MiB"]
     lines = [row(head), row(["---", "---", *("--:" for _ in head[2:])])]
@@ -38,6 +44,13 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
             needs += [f"{_mean(mine, key) / MIB:.1f}" for key in ("saved_bytes", "training_bytes")]
             lines.append(row([budget or "none", words, *accuracies, *needs]))
     return "\n".join(lines)
+
+
+def draw(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy against the memory of training, of the methods of the table at all budgets, on frozen statistics."""
+    methods = {method for _, method, _, _ in ROWS}
+    shown = [cell for cell in _cells(records) if cell.batch_norm == "bias" and cell.method in methods]
+    figures.draw(shown, lambda cell: cell.training_mib, "memory of training (MiB)", path)
 
 
 def _accuracy(mine: Sequence[Cell], name: str) -> str:
