@@ -21,7 +21,6 @@ ROWS: tuple[tuple[str | None, str, str, str], ...] = (
     ("48MiB", "velocity, bytes, in", "bias", 'velocity, axis "in"'),
     ("48MiB", "random, bytes, in", "bias", 'random, axis "in"'),
     (None, "norm shifts only", "bias", "norm shifts only"),
-    (None, "head only", "frozen", "head only"),
 )
 
 
