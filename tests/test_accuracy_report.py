@@ -285,3 +285,14 @@ def test_the_summary_shows_the_methods_of_its_table(tmp_path: Path, monkeypatch:
     assert {"velocity", "random", "full"} <= methods <= {method for _, method, _, _ in summary.ROWS}
     assert {cell.batch_norm for cell in drawn} == {"bias"}
     assert len({cell.budget for cell in drawn if cell.method == "velocity"}) == 4
+
+
+def test_no_panel_cuts_what_another_one_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All panels share one axis, and the later ones may have the larger values."""
+    records = [record("velocity", "digits", "small", 0, 0.7), record("velocity", "letters", "small", 0, 0.7)]
+    records[1]["training_bytes"] = 90 * 2**20
+    seen: list[Any] = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: seen.append(figure.axes[1].get_xlim()))
+    figures.draw(cells(records), lambda cell: cell.training_mib, "MiB", tmp_path / "x.png")
+    left, right = seen[0]
+    assert left == 0 and right > 90

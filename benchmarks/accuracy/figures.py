@@ -50,10 +50,12 @@ def draw(cells: Sequence[Cell], place: Place, label: str, path: Path, front: boo
                 _draw_method(panel, [c for c in mine if c.method == method], place, method, look[method])
             panel.set_title(name)
             panel.set_xlabel(label)
-            panel.set_xlim(left=0)
             panel.grid(color="#dddddd", linewidth=0.6)
             panel.set_axisbelow(True)
         panels[0][0].set_ylabel("test accuracy (%)")
+        panels[0][0].set_xlim(
+            left=0
+        )  # of all panels, and when all are drawn: a limit ends the search for one
         handles = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
         for panel in panels[0][1:]:
             handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
