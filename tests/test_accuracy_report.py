@@ -272,8 +272,12 @@ def test_the_page_of_a_cut_grid(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for path in figures:
         with Image.open(path) as image:
             assert image.width == 1200 and np.asarray(image.convert("L")).std() > 5
-    lines = [json.loads(line) for line in (tmp_path / "r" / "page.jsonl").read_text().splitlines()]
-    assert len(lines) == 9 + 6
+    # With both files in a new folder the grid goes on from there.
+    new = tmp_path / "new"
+    new.mkdir()
+    for end in ("", "-trials"):
+        (new / f"runs{end}.jsonl").write_bytes((tmp_path / "r" / f"page{end}.jsonl").read_bytes())
+    assert len(Records(new).all()) == 9 and len(Records(new).all("trial")) == 6
 
 
 def test_the_summary_shows_the_methods_of_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

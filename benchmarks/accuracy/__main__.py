@@ -5,7 +5,7 @@
 
 DIR/runs.jsonl gets a line per finished run. After a stop or a kill at any moment the same command goes on. With
 `--shard i/n` (n processes or machines, one folder) a shard writes runs-i-of-n.jsonl. `--report STEM` writes, from what
-is finished, STEM.md, its figures, and STEM.jsonl, in place of running.
+is finished, STEM.md, its figures, STEM.jsonl and STEM-trials.jsonl, in place of running.
 """
 
 from __future__ import annotations

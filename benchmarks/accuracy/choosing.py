@@ -157,7 +157,7 @@ def page(record: Mapping[str, Any]) -> str:
         "rounds; the first one also makes what the policy keeps. All of a step of the policy counts: measuring, "
         "choosing, predicting under a budget of bytes, applying the selection and moving the optimizer's state. At "
         "most while choosing: above what was alive before; under a budget of bytes the largest operator that was run "
-        "to predict, with its operands, where that is more."
+        "to predict, with its operands, of all rows in this process, where that is more."
     )
     where = record["machine"]
     origin = (

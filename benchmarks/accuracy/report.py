@@ -1,4 +1,5 @@
-"""The page of a grid: STEM.md with its figures beside it, and STEM.jsonl, the runs that they are made from."""
+"""The page of a grid: STEM.md with its figures beside it, and what they are made from: STEM.jsonl, the runs, and
+STEM-trials.jsonl."""
 
 from __future__ import annotations
 
@@ -35,8 +36,12 @@ def report(plan: Plan, records: Records, stem: Path, times: Path | None = None) 
     stem.parent.mkdir(parents=True, exist_ok=True)
     tried = [trial for trials in grid.trials.values() for trial in trials]
     trials = [record for trial in tried if (record := records.get(trial)) is not None]
-    lines = [*trials, *runs]
-    write_text(stem.with_suffix(".jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+    for path, lines in (
+        (stem.with_suffix(".jsonl"), runs),
+        (stem.with_name(f"{stem.name}-trials.jsonl"), trials),
+    ):
+        if lines:
+            write_text(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
     text = page(plan, runs, trials, stem, read_times(times) if times else None)
     write_text(stem.with_suffix(".md"), text)
     return text
