@@ -53,9 +53,8 @@ def draw(cells: Sequence[Cell], place: Place, label: str, path: Path, front: boo
             panel.grid(color="#dddddd", linewidth=0.6)
             panel.set_axisbelow(True)
         panels[0][0].set_ylabel("test accuracy (%)")
-        panels[0][0].set_xlim(
-            left=0
-        )  # of all panels, and when all are drawn: a limit ends the search for one
+        # Once for all panels, when all are drawn: a limit that is set no longer grows with what comes later.
+        panels[0][0].set_xlim(left=0)
         handles = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
         for panel in panels[0][1:]:
             handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))

@@ -60,7 +60,7 @@ def scratch_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
 
 
 def largest_measured() -> int:
-    """Bytes of the largest call that was run in this process to be measured; predictions take so much at most."""
+    """Bytes of the largest call that was run here to be measured, with operands and results; 0 before any."""
     return max((call.whole for call in _measured.values()), default=0)
 
 

@@ -109,10 +109,8 @@ class ByteModel:
         return self._known[key]
 
     def _read_shapes(self) -> None:
-        """From one forward: inputs (per channel on axis "in"), three times the weights, the index."""
-        copies = 2 + round(
-            state_numbers(find_optimizer(self.optimizer))
-        )  # compact weight, gradient, optimizer state
+        """From one forward: inputs (per channel on axis "in"), weight, gradient and optimizer state, the index."""
+        copies = 2 + round(state_numbers(find_optimizer(self.optimizer)))
 
         def recorder(name: str) -> Callable[[SparseConv2d, tuple[Tensor, ...], Tensor], None]:
             def record(layer: SparseConv2d, args: tuple[Tensor, ...], output: Tensor) -> None:
